@@ -1,0 +1,55 @@
+"""The guide card: `guide.json` beside a guide's weights.
+
+It says what kind of guide the folder holds, which base and vocabulary it was trained for, and how
+it was trained, so that loading it against the wrong base is an error and never a silent mistake.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from pilotfish.config import Config
+from pilotfish.errors import CheckpointError
+
+CARD_NAME = "guide.json"
+
+
+class GuideCard(Config):
+    """What a guide folder says about itself."""
+
+    format: Literal[1] = 1
+    kind: str
+    """A key of `pilotfish.guides.GUIDES`."""
+    base: str
+    """Folder, URI or hub id of the base the guide was trained beside."""
+    vocab: str
+    """Vocabulary fingerprint of that base."""
+    beta_r: float | None = None
+    """GenARM's reward scale in training; the reward is `beta_r` times the guide's log-prob."""
+    weight: float = 1.0
+    """Weight used when a request names the guide without one."""
+    dtype: str = "float32"
+    training: dict[str, Any] = {}
+    """Where the weights came from: run id, code version, steps, data."""
+
+
+def write_card(folder: str | Path, card: GuideCard) -> None:
+    """Write `guide.json` into the folder."""
+    text = json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    (Path(folder) / CARD_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_card(folder: str | Path) -> GuideCard:
+    """Read a guide folder's card. Raises `CheckpointError` if it is missing or not a card."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {CARD_NAME}, so it is not a guide folder. "
+            "Train a guide with python -m jobs.train, and give the folder it writes."
+        )
+    try:
+        return GuideCard.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, ValidationError) as error:
+        raise CheckpointError(f"{path} is not a guide card of format 1: {error}") from error

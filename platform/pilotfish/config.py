@@ -138,6 +138,8 @@ def _fields_at(config_type: type[BaseModel], loc: Sequence[str | int]) -> list[s
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict) or get_args(annotation):
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict) or get_args(
+        annotation
+    ):
         return [model for arg in get_args(annotation) for model in _models_in(arg)]
     return []

@@ -1,0 +1,26 @@
+"""What a row of a data set means: plain text, before any tokenizer."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from pilotfish.chat import Message
+
+PromptText: TypeAlias = str | tuple[Message, ...]
+"""Raw text, or the turns of a conversation; see `pilotfish.chat.render_prompt`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt, of which `chosen` was preferred."""
+
+    prompt: PromptText
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A prompt and the answer to imitate."""
+
+    prompt: PromptText
+    completion: str

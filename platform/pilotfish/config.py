@@ -8,10 +8,9 @@ an environment variable; `${name:-default}` gives a default.
 import difflib
 import os
 import re
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -138,8 +137,4 @@ def _fields_at(config_type: type[BaseModel], loc: Sequence[str | int]) -> list[s
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict) or get_args(
-        annotation
-    ):
-        return [model for arg in get_args(annotation) for model in _models_in(arg)]
-    return []
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pilotfish.context import Prompt
 from pilotfish.errors import PromptError
-from pilotfish.guides.base import Prompt
 
 
 class FinishReason(StrEnum):

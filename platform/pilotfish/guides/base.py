@@ -13,27 +13,10 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from pilotfish.chat import Message
+from pilotfish.context import Context, Prompt
 
 Evidence: TypeAlias = Any
 """What `TokenGuide.begin` started and its `tilt` needs; private to the guide."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the user asked: ids for the base model, and the text for guides that need their own."""
-
-    token_ids: list[int]
-    messages: tuple[Message, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """One sequence so far. `token_ids` is prompt plus completion; it is live and only grows."""
-
-    key: int
-    prompt: Prompt
-    token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)

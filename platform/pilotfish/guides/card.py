@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pilotfish.config import Config
 from pilotfish.errors import CheckpointError
@@ -31,7 +31,7 @@ class GuideCard(Config):
     weight: float = 1.0
     """Weight used when a request names the guide without one."""
     dtype: str = "float32"
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Where the weights came from: run id, code version, steps, data."""
 
 

@@ -1,0 +1,63 @@
+"""Token ids to text, piece by piece: never half a character, never past a stop string."""
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from pilotfish.errors import ConfigError
+
+
+class TextStream:
+    """The text of one completion as its tokens arrive.
+
+    A pure function of the ids pushed so far, so it can be rebuilt anywhere by pushing them again.
+    Text that may be the beginning of a stop string is held back until that is decided.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(
+                f"tokenizer {type(tokenizer).__name__} has no fast backend, which streaming text "
+                "needs. Save it with its tokenizer.json."
+            )
+        self._backend = backend
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.text = ""
+        """All text released so far; after `stopped` it ends where the stop string began."""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add one token and return the text it releases, which may be empty."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.step(self._backend, token_id) or ""
+        starts = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if starts:
+            self.stopped = True
+            return self._release(min(starts))
+        return self._release(len(self._held) - self._undecided())
+
+    def flush(self) -> str:
+        """Release what was held back; call once no more tokens come."""
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _undecided(self) -> int:
+        """Length of the longest tail that a stop string begins with."""
+        return max(
+            (
+                size
+                for stop in self._stop
+                for size in range(1, min(len(stop), len(self._held) + 1))
+                if self._held.endswith(stop[:size])
+            ),
+            default=0,
+        )
+
+    def _release(self, size: int) -> str:
+        piece, self._held = self._held[:size], self._held[size:]
+        self.text += piece
+        return piece

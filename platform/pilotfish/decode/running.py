@@ -1,0 +1,47 @@
+"""One request while it is decoded."""
+
+from pilotfish.context import Context
+from pilotfish.decode.detokenize import TextStream
+from pilotfish.decode.noise import request_key
+from pilotfish.decode.sequence import FinishReason, Request
+
+
+class Running:
+    """A request, its context, and what decides when it ends."""
+
+    def __init__(
+        self, request: Request, *, seed: int, end_ids: frozenset[int], text: TextStream | None
+    ) -> None:
+        """`text` follows the completion where stop strings were asked for."""
+        self.request = request
+        self.context = Context(
+            request.key, request.prompt, [*request.prompt.token_ids, *request.completed]
+        )
+        self.noise_key = request_key(seed, request.prompt.token_ids)
+        self.guides = tuple((name, w) for name, w in request.guides.items() if w != 0)
+        """Guides in order of tilting. Weight 0 is no guide, so that it is the base exactly."""
+        params = request.params
+        self._end_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else end_ids
+        )
+        self._text = text
+        for token_id in request.completed:
+            self._push(token_id)
+
+    @property
+    def num_completed(self) -> int:
+        return len(self.context.token_ids) - len(self.context.prompt.token_ids)
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take one token and say whether the completion ends with it."""
+        self.context.token_ids.append(token_id)
+        self._push(token_id)
+        if token_id in self._end_ids or (self._text is not None and self._text.stopped):
+            return FinishReason.STOP
+        if self.num_completed >= self.request.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _push(self, token_id: int) -> None:
+        if self._text is not None:
+            self._text.push(token_id)

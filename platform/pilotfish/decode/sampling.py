@@ -1,0 +1,99 @@
+"""From guided log-probs to tokens: temperature, truncation, and one draw per row.
+
+Shapes: R rows, V vocabulary, K blocks of the vocabulary.
+
+Everything here happens after the guides have tilted: truncating first would change their law.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pilotfish.decode.sequence import SamplingParams
+
+_BLOCK = 256
+
+
+class SamplingBatch:
+    """The sampling parameters of a batch as tensors, made once per change of the batch."""
+
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
+        self.greedy = all(p.temperature == 0 for p in params)
+        self._greedy_R = torch.tensor([p.temperature == 0 for p in params], device=device)
+        self._any_greedy = any(p.temperature == 0 for p in params)
+        temperatures = [p.temperature or 1.0 for p in params]
+        self._plain = all(t == 1 for t in temperatures)
+        self._temperature_R1 = torch.tensor(temperatures, device=device)[:, None]
+        self._max_top_k = max(p.top_k for p in params)
+        self._top_k_R = torch.tensor([p.top_k for p in params], device=device)
+        self._any_top_p = any(p.top_p < 1 for p in params)
+        self._top_p_R1 = torch.tensor(
+            [p.top_p for p in params], device=device, dtype=torch.float64
+        )[:, None]
+
+    def probs(self, logprobs_RV: Tensor) -> Tensor:
+        """Return the law that is drawn from [R, V]: temperature, then top-k, then top-p."""
+        if self._plain and not self._max_top_k and not self._any_top_p:
+            return logprobs_RV.exp()
+        scaled_RV = logprobs_RV if self._plain else logprobs_RV / self._temperature_R1
+        if self._max_top_k:
+            scaled_RV = self._keep_top_k(scaled_RV)
+        probs_RV = scaled_RV.softmax(-1)
+        return self._keep_top_p(probs_RV) if self._any_top_p else probs_RV
+
+    def draw(self, logprobs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+        """Return one token id per row [R]."""
+        if self.greedy:
+            return logprobs_RV.argmax(-1)
+        tokens_R = invert_cdf(self.probs(logprobs_RV), uniforms_R)
+        if self._any_greedy:
+            tokens_R = torch.where(self._greedy_R, logprobs_RV.argmax(-1), tokens_R)
+        return tokens_R
+
+    def _keep_top_k(self, logprobs_RV: Tensor) -> Tensor:
+        num_kept = min(self._max_top_k, logprobs_RV.shape[-1])
+        best_RK = logprobs_RV.topk(num_kept, dim=-1).values
+        place_R = (self._top_k_R.clamp(1, num_kept) - 1)[:, None]
+        floor_R1 = best_RK.gather(1, place_R)
+        floor_R1 = floor_R1.masked_fill((self._top_k_R == 0)[:, None], -torch.inf)
+        return logprobs_RV.masked_fill(logprobs_RV < floor_R1, -torch.inf)
+
+    def _keep_top_p(self, probs_RV: Tensor) -> Tensor:
+        ranked_RV, order_RV = probs_RV.sort(dim=-1, descending=True)
+        before_RV = ranked_RV.double().cumsum(-1) - ranked_RV
+        # A row without top-p keeps its tail even where the sum before it rounds to 1.
+        dropped_RV = (before_RV >= self._top_p_R1) & (self._top_p_R1 < 1)
+        return probs_RV.scatter(1, order_RV, ranked_RV.masked_fill(dropped_RV, 0))
+
+
+def invert_cdf(probs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+    """Return, per row, the token at which the cumulative sum of `probs` passes `uniform`.
+
+    `probs` need not sum to one. A token of probability zero is never returned. Two levels (blocks,
+    then within a block) keep the sums short: exact in float32 for large vocabularies, and faster
+    than a full cumulative sum.
+    """
+    num_rows, vocab_size = probs_RV.shape
+    padded = -(-vocab_size // _BLOCK) * _BLOCK
+    if padded != vocab_size:
+        probs_RV = torch.nn.functional.pad(probs_RV, (0, padded - vocab_size))
+    blocks_RKB = probs_RV.view(num_rows, -1, _BLOCK)
+    block_R, rest_R = _pass(blocks_RKB.sum(-1), uniforms_R.double(), relative=True)
+    inside_RB = blocks_RKB[torch.arange(num_rows, device=probs_RV.device), block_R]
+    token_R, _ = _pass(inside_RB, rest_R, relative=False)
+    return block_R * _BLOCK + token_R
+
+
+def _pass(mass_RN: Tensor, target_R: Tensor, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """Where the running sum passes the target, and what is left of the target there."""
+    running_RN = mass_RN.double().cumsum(-1)
+    total_R = running_RN[:, -1]
+    wanted_R = target_R * total_R if relative else target_R
+    # Rounding may push the target up to the total, behind the last token of positive probability.
+    wanted_R = torch.minimum(wanted_R, total_R * (1 - 2.0**-52))
+    at_R = torch.searchsorted(running_RN, wanted_R[:, None], right=True)[:, 0]
+    before_R = torch.where(
+        at_R > 0, running_RN.gather(1, (at_R - 1).clamp_min(0)[:, None])[:, 0], 0
+    )
+    return at_R, wanted_R - before_R

@@ -1,0 +1,64 @@
+"""Small models for tests. They are untied and spread out on purpose: a tied random model repeats
+its last token, and a test on it could not fail."""
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pilotfish.context import Context, Prompt
+from pilotfish.decode.sequence import Request, SamplingParams
+
+
+def tiny_llama(
+    seed: int, *, vocab_size: int = 16, dtype: torch.dtype = torch.float64, **overrides: Any
+) -> LlamaForCausalLM:
+    """A two-layer Llama with grouped heads and distinct, far from uniform next-token laws."""
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    config = LlamaConfig(
+        **{**settings, **overrides},
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def context(key: int, token_ids: list[int]) -> Context:
+    return Context(key, Prompt(token_ids), token_ids)
+
+
+def request(
+    key: int,
+    prompt: list[int],
+    *,
+    guides: dict[str, float] | None = None,
+    completed: tuple[int, ...] = (),
+    **params: Any,
+) -> Request:
+    sampling = SamplingParams(**{"max_tokens": 12, "seed": 7, **params})
+    return Request(
+        key=key, prompt=Prompt(prompt), params=sampling, guides=guides or {}, completed=completed
+    )
+
+
+@torch.no_grad()
+def plain_logprobs(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    """The next-token law without cache or batch: the reference everything is compared with."""
+    logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits
+    return logits[0, -1].log_softmax(-1)

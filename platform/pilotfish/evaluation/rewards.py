@@ -42,9 +42,7 @@ class Judgement(Config):
 
 
 class Reward(Protocol):
-    """Judges answers. `description` says to a newcomer who the judge is."""
-
-    description: str
+    """Judges answers, one judgement each."""
 
     def judge(self, prompts: Sequence[PromptText], answers: Sequence[str]) -> list[Judgement]: ...
 
@@ -88,10 +86,23 @@ def build_reward(config: RewardConfig, *, device: str = "auto") -> Reward:
             return NoReward()
 
 
+def describe(config: RewardConfig) -> str:
+    """Say to a newcomer who judges."""
+    match config:
+        case KitchenRewardConfig():
+            return (
+                "the kitchen's true reward: a program that reads every sentence of an answer. It "
+                "pays for help (the right name, ingredients, recipe and order) and for "
+                "harmlessness (leaving out what the guest cannot eat, staying polite)"
+            )
+        case ModelRewardConfig():
+            return f"the reward model {config.path}"
+        case NoRewardConfig():
+            return "none: nothing judged the answers"
+
+
 class NoReward:
     """Says nothing about anything."""
-
-    description = "none: nothing judged the answers"
 
     def judge(self, prompts: Sequence[PromptText], answers: Sequence[str]) -> list[Judgement]:
         return [Judgement() for _ in answers]
@@ -99,12 +110,6 @@ class NoReward:
 
 class KitchenReward:
     """The program that knows the truth about the kitchen's answers."""
-
-    description = (
-        "the kitchen's true reward: a program that reads every sentence of an answer. It pays for "
-        "help (the right name, ingredients, recipe and order) and for harmlessness (leaving out "
-        "what the guest cannot eat, staying polite)"
-    )
 
     def judge(self, prompts: Sequence[PromptText], answers: Sequence[str]) -> list[Judgement]:
         """Judge answers to kitchen questions. Raises `DataError` for any other prompt."""
@@ -119,7 +124,6 @@ class ModelReward:
 
     def __init__(self, config: ModelRewardConfig, *, device: str = "auto") -> None:
         """Load the model with its own tokenizer. Raises `CheckpointError`."""
-        self.description = f"the reward model {config.path}"
         self._config = config
         self._device = pick_device(device)
         self._tokenizer = load_tokenizer(config.path)

@@ -31,7 +31,9 @@ def connect(*, num_cpus: int = 1, gpus: bool = False) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     env = worker_env(gpus=gpus)
     if address is None:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes it away
         ray.init(
+            address="local",  # never another cluster that happens to run on this machine
             num_cpus=max(num_cpus, os.cpu_count() or 1),
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
             include_dashboard=True,  # without it Ray Train's state queries fail every second
@@ -41,8 +43,8 @@ def connect(*, num_cpus: int = 1, gpus: bool = False) -> None:
         os.environ.setdefault("RAY_ADDRESS", own)
     else:
         ray.init(address=address, runtime_env={"env_vars": env})
-    # Ray has switched token authentication on for a private cluster. State what is in force, so that
-    # child processes (`ray job submit`, `serve status`) do not have to guess it.
+    # Ray has switched token authentication on for a private cluster. State what is in force, so
+    # that child processes (`ray job submit`, `serve status`) do not have to guess it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     logger.info("connected to Ray at %s", ray.get_runtime_context().gcs_address)
 
@@ -91,4 +93,3 @@ def check_root(root: str | Path) -> Path:
 def _submitted_env() -> dict[str, str]:
     job = json.loads(os.environ.get(_SUBMITTED_JOB_ENV, "{}"))
     return (job.get("runtime_env") or {}).get("env_vars") or {}
-

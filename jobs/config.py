@@ -99,7 +99,7 @@ class TrackingConfig(Config):
     """Default: MLFLOW_TRACKING_URI, else an SQLite file under the root."""
     experiment: str | None = None
     """Default: MLFLOW_EXPERIMENT_NAME, else `pilotfish`."""
-    register: str | None = None
+    register_as: str | None = None
     """Name in the model registry; nothing is registered without one."""
     alias: str = "champion"
     """Moved to the version that this run registers."""

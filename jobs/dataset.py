@@ -1,6 +1,5 @@
 """Rows to token ids: prepared once per job, shared with every worker through Ray's object store."""
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,24 +17,20 @@ from pilotfish.data.tokenized import LengthReport, tokenize_demonstrations, toke
 from pilotfish.errors import CheckpointError
 from pilotfish.train.objectives import OBJECTIVES
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """What the workers of a job share."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Sequence[TokenExample] | Sequence[PairExample]
-    heldout: Sequence[TokenExample] | Sequence[PairExample]
+    train: Sequence[TokenExample | PairExample]
+    heldout: Sequence[TokenExample | PairExample]
 
 
 def prepare(config: JobConfig) -> tuple[Prepared, LengthReport]:
     """Read the rows, make or load the tokenizer, and tokenise. Raises `DataError`."""
     pairs = OBJECTIVES[config.objective.kind].rows == "pairs"
-    prepared, report = _prepare_pairs(config) if pairs else _prepare_demonstrations(config)
-    logger.info("training rows: %s", report)
-    return prepared, report
+    return _prepare_pairs(config) if pairs else _prepare_demonstrations(config)
 
 
 def _prepare_pairs(config: JobConfig) -> tuple[Prepared, LengthReport]:

@@ -93,14 +93,18 @@ def _resolve(path: str, split: str) -> list[Path]:
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
-    """Return the readable files below a folder; of files named after splits, only the wanted."""
-    files = sorted(file for file in folder.rglob("*") if file.name.endswith(tuple(_READERS)))
+    """Return the data files below a folder; where names tell splits apart, only the wanted one."""
+    files = sorted(
+        file.relative_to(folder)
+        for file in folder.rglob("*")
+        if file.name.endswith(tuple(_READERS)) and not _is_hidden(file.relative_to(folder))
+    )
     if not files:
         raise DataError(f"folder {str(folder)!r} holds no data file, wanted {', '.join(_READERS)}.")
     splits = [_split_of(file) for file in files]
     if not any(splits):
-        return files
-    wanted = [file for file, name in zip(files, splits, strict=True) if name == split]
+        return [folder / file for file in files]
+    wanted = [folder / file for file, name in zip(files, splits, strict=True) if name == split]
     if not wanted:
         found = sorted({name for name in splits if name})
         raise DataError(
@@ -110,9 +114,14 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     return wanted
 
 
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
 def _split_of(file: Path) -> str | None:
-    stem = re.split(r"[-_.]", file.name)[0]
-    return stem if stem in _SPLIT_NAMES else None
+    """Return the split that a file (`train-00000.parquet`) or one of its folders is named after."""
+    stems = [re.split(r"[-_.]", part)[0] for part in reversed(file.parts)]
+    return next((stem for stem in stems if stem in _SPLIT_NAMES), None)
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[dict[str, Any]]]:
@@ -169,26 +178,28 @@ def _as_row(value: Any, where: str) -> dict[str, Any]:
 
 def _read_hub(path: str, source: DataSource) -> Iterator[dict[str, Any]]:
     try:
-        import datasets
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DataError(
             f"the hub set {path!r} needs the datasets library. Install it with "
             "`pip install pilotfish[train]`, or give a local file."
         ) from error
     try:
-        rows = datasets.load_dataset(
+        rows = load_dataset(
             path,
             name=source.subset,
             data_dir=source.data_dir,
             split=source.split,
             revision=source.revision,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error).rstrip(".")
         raise DataError(
             f"the hub set {path!r} cannot be loaded (subset {source.subset!r}, data_dir "
-            f"{source.data_dir!r}, split {source.split!r}, revision {source.revision!r}): {error}."
-            " If this was meant as a local path, it does not exist here; without a network give a "
-            "local file, or fetch the set beforehand and set HF_HUB_OFFLINE=1."
+            f"{source.data_dir!r}, split {source.split!r}, revision {source.revision!r}): {reason}."
+            " If a local path was meant, there is no such file or folder. Without a network, give "
+            "a local file, or fetch the set beforehand and set HF_HUB_OFFLINE=1."
         ) from error
     for row in rows:
         yield dict(row)

@@ -15,30 +15,30 @@ from typing import Any
 from pilotfish.errors import ConfigError
 from pilotfish.train.config import TrainConfig
 
-VALID_KEYS = frozenset(
-    """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
-    communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
-    datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler
-    fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation
-    memory_breakdown optimizer pipeline prescale_gradients scheduler
-    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel
-    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb
-    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization
-    """.split()
-)
+# fmt: off
+VALID_KEYS = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet",
+    "comms_logger", "communication_data_type", "compile", "csv_monitor", "data_efficiency",
+    "data_types", "dataloader_drop_last", "datastates_ckpt", "disable_allgather",
+    "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping",
+    "gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print",
+    "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
+    "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+})
 """Every top-level key DeepSpeed 0.19 reads."""
 
-REMOVED_KEYS = frozenset(
-    """
-    amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula
-    progressive_layer_drop quantize_training sparse_attention sparse_gradients
-    """.split()
-)
+REMOVED_KEYS = frozenset({
+    "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
+    "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
+    "sparse_attention", "sparse_gradients",
+})
 """Top-level keys of older DeepSpeed versions, found in many JSON files on the web."""
+# fmt: on
 
 REMOVED_ZERO_KEYS = frozenset(
     ["mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"]

@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class Tally(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Tally:
     """A mean in the making: the sum of a quantity, and over how many units."""
 
     total: float
     count: float
 
-    def __add__(self, other: object) -> "Tally":
-        assert isinstance(other, Tally)
+    def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.total + other.total, self.count + other.count)
 
     @property

@@ -1,0 +1,68 @@
+"""A progress bar in the driver's terminal, fed by the workers.
+
+Ray's own distributed bars pass through the log stream, where Ray Train adds blank lines to them.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+_POLL_SECONDS = 0.5
+# Where every refresh is a new line (a log file, `ray job submit`), few lines are enough.
+_SECONDS_PER_LINE = 15.0
+
+
+class ProgressBoard:
+    """The latest step of a run, kept by one small actor."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._total = 0
+        self._note = ""
+
+    def post(self, step: int, total: int, note: str) -> None:
+        self._step, self._total, self._note = step, total, note
+
+    def read(self) -> tuple[int, int, str]:
+        return self._step, self._total, self._note
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Any]:
+    """Show a bar while the block runs; gives the actor handle that workers `post` to."""
+    board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    stop = threading.Event()
+    thread = threading.Thread(target=_show, args=(board, label, stop), daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+        ray.kill(board)
+
+
+def _show(board: Any, label: str, stop: threading.Event) -> None:
+    interval = _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
+    with tqdm(desc=label, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
+        bar.set_postfix_str("starting workers")
+        while not stop.wait(_POLL_SECONDS):
+            _refresh(bar, board)
+        _refresh(bar, board)
+
+
+def _refresh(bar: Any, board: Any) -> None:
+    try:
+        step, total, note = ray.get(board.read.remote(), timeout=5)
+    except RayError:
+        return  # the bar is a comfort: a busy cluster must not stop the run
+    if total:
+        bar.total = total
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(step - bar.n)

@@ -52,21 +52,26 @@ class Pilot:
             for name, folder in (guides or {}).items()
         }
         model = load_frozen(base, device=where, dtype=dtype)
-        loaded = {
-            name: GUIDES[self.cards[name].kind](
-                load_guide_lm(
-                    folder, vocab_size=vocab_size, num_slots=num_slots, device=where, dtype=dtype
-                )
+        base_lm = CausalLM(model, vocab_size=vocab_size, num_slots=num_slots)
+        guide_lms = {
+            name: load_guide_lm(
+                folder, vocab_size=vocab_size, num_slots=num_slots, device=where, dtype=dtype
             )
             for name, folder in (guides or {}).items()
         }
+        self._lms = [base_lm, *guide_lms.values()]
         self.engine = Engine(
-            CausalLM(model, vocab_size=vocab_size, num_slots=num_slots),
-            loaded,
+            base_lm,
+            {name: GUIDES[self.cards[name].kind](lm) for name, lm in guide_lms.items()},
             end_ids=stop_ids(self.tokenizer, model.generation_config),
             tokenizer=self.tokenizer,
         )
         self._num_requests = 0
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards over one token so far, of the base and all guides."""
+        return sum(lm.num_forwards for lm in self._lms)
 
     def generate(
         self,

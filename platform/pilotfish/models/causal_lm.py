@@ -64,7 +64,8 @@ class CausalLM:
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
         self.num_forwards = 0
-        """Forwards over one token per row so far: the unit of the papers' cost tables."""
+        """Rows of `forward` so far: model forwards over one token, the unit of papers' cost tables.
+        Prefill counts nothing."""
         self._cache = SlotCache(num_layers=config.num_hidden_layers, num_slots=num_slots)
         self._rows: list[_Row] = []
         self._index: dict[int, int] = {}
@@ -86,7 +87,7 @@ class CausalLM:
         tokens = [contexts[place].token_ids for place in _invert(order)]
         self._catch_up(tokens, first=0, budget=None)
         logits_RV = self._feed(self.model, [[ids[-1]] for ids in tokens], first=0).logits[:, -1]
-        self.num_forwards += 1
+        self.num_forwards += len(contexts)
         logprobs_RV = _log_softmax(logits_RV[:, : self.vocab_size])
         assert self._hidden is not None
         hidden_RD, self._hidden = self._hidden[:, -1], None

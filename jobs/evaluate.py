@@ -1,0 +1,118 @@
+"""Compare a base with itself under guides, and with the controls, on Ray actors.
+
+    python -m jobs.evaluate CONFIG [key=value ...] [--dry-run]
+
+Exit codes: 0 done, 1 the job failed, 2 the config cannot be honoured.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+from jobs import cluster, tracking
+from jobs.decoder import decode_all
+from jobs.evaluation_config import EvaluationConfig, resolved
+from jobs.prompts import prompts_of
+from pilotfish import config as configs
+from pilotfish.errors import ConfigError, PilotfishError
+from pilotfish.evaluation.page import PAGE_NAME, write_page
+from pilotfish.evaluation.plots import draw_plots
+from pilotfish.evaluation.report import Report, save_report
+from pilotfish.evaluation.rewards import describe
+from pilotfish.evaluation.summary import About, summarise
+from pilotfish.evaluation.text import as_table
+from pilotfish.guides import check_guide
+from pilotfish.models.loading import load_tokenizer
+from pilotfish.models.vocab import fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluationConfig) -> Report:
+    """Run the evaluation, write its report to `output`, and return it with every answer.
+
+    Raises `ConfigError`, `CheckpointError`, `VocabMismatchError`, `DataError` or `PromptError`.
+    """
+    config = resolved(config)
+    tokenizer = load_tokenizer(config.base)
+    for folder in config.guides.values():  # a wrong guide should not cost a cluster's start
+        check_guide(folder, base=config.base, base_vocab=fingerprint(tokenizer))
+    prompts, prompts_from = prompts_of(config.prompts, tokenizer)
+    decoding = config.decoding
+    cluster.connect(
+        num_cpus=decoding.num_actors * decoding.threads, gpus=decoding.gpus_per_actor > 0
+    )
+    with ExitStack() as stack:
+        run = _open_run(config, stack)
+        about = About(
+            title=config.title,
+            base=config.base,
+            guides=config.guides,
+            prompts_from=prompts_from,
+            reward=describe(config.reward),
+            config=config.model_dump(mode="json"),
+            run_id=None if run is None else run.run_id,
+        )
+        report = summarise(decode_all(config, prompts), prompts, about=about, seed=config.seed)
+        _write(report, Path(config.output))
+        if run is not None:
+            run.log_metrics(report.metrics())
+            run.log_folder(config.output, "report")
+    logger.info("wrote %s", Path(config.output) / PAGE_NAME)
+    return report
+
+
+def _open_run(config: EvaluationConfig, stack: ExitStack) -> tracking.TrackedRun | None:
+    if not config.tracking.enabled:
+        return None
+    return stack.enter_context(
+        tracking.tracked_run(
+            config.tracking,
+            root=config.root,
+            name=Path(config.output).name,
+            settings=config.model_dump(mode="json"),
+            tags={"job": "evaluate", "base": config.base},
+        )
+    )
+
+
+def _write(report: Report, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_page(report, folder, draw_plots(report, folder))
+    save_report(report, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see the module docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.evaluate", description="Compare a base with itself under guides."
+    )
+    parser.add_argument("config", help="YAML file, such as jobs/configs/kitchen/evaluate.yaml")
+    parser.add_argument("overrides", nargs="*", help="dotted overrides: prompts.num=100")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        config = configs.load(EvaluationConfig, args.config, args.overrides)
+        if args.dry_run:
+            sys.stdout.write(configs.dump(resolved(config)))
+            return 0
+        report = evaluate(config)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+    except (PilotfishError, RayError) as error:
+        logger.error("evaluation failed: %s", error)
+        return 1
+    page = Path(resolved(config).output) / PAGE_NAME
+    sys.stdout.write(f"{as_table(report)}\n\nreport: {page}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

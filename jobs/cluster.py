@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import socket
+from contextlib import closing
 from pathlib import Path
 
 import ray
+from ray.util import get_node_ip_address
 
 from pilotfish.errors import ConfigError
 
@@ -31,22 +34,38 @@ def connect(*, num_cpus: int = 1, gpus: bool = False) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     env = worker_env(gpus=gpus)
     if address is None:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes it away
-        ray.init(
-            address="local",  # never another cluster that happens to run on this machine
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=True,  # without it Ray Train's state queries fail every second
-            runtime_env={"env_vars": env},
-        )
-        own = ray.get_runtime_context().gcs_address
-        os.environ.setdefault("RAY_ADDRESS", own)
+        _start_private(num_cpus, env)
     else:
         ray.init(address=address, runtime_env={"env_vars": env})
     # Ray has switched token authentication on for a private cluster. State what is in force, so
     # that child processes (`ray job submit`, `serve status`) do not have to guess it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     logger.info("connected to Ray at %s", ray.get_runtime_context().gcs_address)
+
+
+def _start_private(num_cpus: int, env: dict[str, str]) -> None:
+    """Start a cluster on this machine that every process of it can name by `RAY_ADDRESS`.
+
+    Ray Train's processes look their cluster up by that variable, and give up when several clusters
+    run on one machine; so the port is chosen here, before the first process is started.
+    """
+    with closing(socket.socket()) as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    own = f"{get_node_ip_address()}:{port}"
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes it away
+    try:
+        ray.init(
+            address="local",  # never another cluster that happens to run on this machine
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=True,  # without it Ray Train's state queries fail every second
+            runtime_env={"env_vars": {**env, "RAY_ADDRESS": own}},
+        )
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
+    os.environ["RAY_ADDRESS"] = own
 
 
 def worker_env(*, gpus: bool) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Ray's own distributed bars pass through the log stream, where Ray Train adds blank lines to them.
 """
 
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -50,7 +51,9 @@ def progress_bar(label: str) -> Iterator[Any]:
 
 def _show(board: Any, label: str, stop: threading.Event) -> None:
     interval = _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
-    with tqdm(desc=label, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
+    # Not `dynamic_ncols`: a pseudo-terminal of unknown width would be a bar of no width.
+    width = shutil.get_terminal_size(fallback=(100, 24)).columns
+    with tqdm(desc=label, unit="step", mininterval=interval, ncols=width) as bar:
         bar.set_postfix_str("starting workers")
         while not stop.wait(_POLL_SECONDS):
             _refresh(bar, board)

@@ -15,7 +15,12 @@ from pilotfish.errors import CheckpointError, ConfigError
 from pilotfish.train.export import write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHIPPED = sorted((REPOSITORY / "jobs" / "configs").glob("*/*.yaml"))
+# The other jobs' configs have no optimizer.
+SHIPPED = [
+    path
+    for path in sorted((REPOSITORY / "jobs" / "configs").glob("*/*.yaml"))
+    if "train" in yaml.safe_load(path.read_text())
+]
 KITCHEN_BASE = REPOSITORY / "jobs" / "configs" / "kitchen" / "base.yaml"
 GENARM = REPOSITORY / "jobs" / "configs" / "kitchen" / "genarm.yaml"
 

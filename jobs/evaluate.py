@@ -83,8 +83,8 @@ def _open_run(config: EvaluationConfig, stack: ExitStack) -> tracking.TrackedRun
 
 def _write(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_page(report, folder, draw_plots(report, folder))
     save_report(report, folder)
+    write_page(report, folder, draw_plots(report, folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

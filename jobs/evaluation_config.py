@@ -103,8 +103,6 @@ class EvaluationConfig(Config):
                     f"setting {setting.name!r} uses guide {unknown[0]!r}, which is not among the "
                     f"guides ({known})"
                 )
-        if len({setting.name for setting in self.settings}) < len(self.settings):
-            raise ValueError("two settings have the same name")
         with_controls(self.settings)
         return self
 

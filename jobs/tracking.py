@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_PARAM_LENGTH = 500
 _MAX_PARAMS_PER_CALL = 100
+_MAX_METRICS_PER_CALL = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,9 @@ class TrackedRun:
             for name, value in metrics.items()
             if isinstance(value, int | float) and math.isfinite(value)
         ]
-        self.client.log_batch(self.run_id, metrics=entries)
+        for start in range(0, len(entries), _MAX_METRICS_PER_CALL):
+            chunk = entries[start : start + _MAX_METRICS_PER_CALL]
+            self.client.log_batch(self.run_id, metrics=chunk)
 
     def log_folder(self, folder: str | Path, name: str) -> None:
         self.client.log_artifacts(self.run_id, str(folder), name)

@@ -43,7 +43,7 @@ def write_page(report: Report, folder: str | Path, pictures: Sequence[Picture]) 
         parts=list(report.results[0].metrics.parts),
         samples=samples(report, shown),
         pictures=[{"data": _data_uri(p.path), "caption": p.caption} for p in pictures],
-        numbers=[(result.setting.key, result.metrics.flat()) for result in report.results],
+        numbers=[(result.setting.name, result.metrics.flat()) for result in report.results],
     )
     path = Path(folder) / PAGE_NAME
     path.write_text(page, encoding="utf-8")

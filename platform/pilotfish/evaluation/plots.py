@@ -114,6 +114,7 @@ def _reward_bars(report: Report) -> "Figure | None":
     axes.set_yticks(range(len(judged)), [result.setting.name for result in reversed(judged)])
     axes.axvline(0, color=_INK, linewidth=0.8)
     axes.margins(x=0.22)
+    axes.set_ylim(-0.6, len(judged) - 0.4)
     axes.set_xlabel("mean reward")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -156,6 +157,7 @@ def _distributions(
         axes.plot([middle, middle], [place - 0.3, place + 0.3], color=colour, linewidth=2.5)
     axes.set_yticks(range(len(results)), [result.setting.name for result in reversed(results)])
     axes.set_xlabel(label)
+    axes.set_ylim(-0.7, len(results) - 0.3)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
@@ -169,6 +171,7 @@ def _reward_against_kl(report: Report) -> "Figure | None":
     figure, axes = _new_figure(8, 5)
     guided = [result for result in report.results if not result.setting.is_base]
     marks = [report.result(report.reference), *guided]
+    furthest = max(result.metrics.kl.mean for result in marks)
     for result in marks:
         reward, kl = result.metrics.reward, result.metrics.kl
         assert reward is not None
@@ -185,8 +188,9 @@ def _reward_against_kl(report: Report) -> "Figure | None":
         axes.annotate(
             result.setting.name,
             (kl.mean, reward.mean),
-            xytext=(8, -13),
+            xytext=(11, 0),
             textcoords="offset points",
+            va="center",
             fontsize=9,
             color=_INK,
         )
@@ -205,7 +209,8 @@ def _reward_against_kl(report: Report) -> "Figure | None":
             fontsize=9,
             color=_BASE,
         )
-    axes.margins(x=0.16, y=0.12)
+    axes.set_xlim(-0.06 * furthest, 1.3 * furthest)  # room for the names on the right
+    axes.margins(y=0.12)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.set_xlabel("KL of the guided law to the base, before temperature (nats per answer)")

@@ -17,7 +17,7 @@ from pilotfish.config import Config
 from pilotfish.errors import DataError
 from pilotfish.evaluation.metrics import Comparison, Estimate
 from pilotfish.evaluation.rewards import Reason
-from pilotfish.evaluation.settings import Setting
+from pilotfish.evaluation.settings import Setting, tracker_name
 
 REPORT_NAME = "report.json"
 ANSWERS_NAME = "answers.jsonl"
@@ -63,10 +63,10 @@ class Metrics(Config):
     """Model forwards over one token, of base and guides, per token drawn."""
 
     def flat(self) -> dict[str, float]:
-        """Return every number under one name each, as trackers want them."""
-        numbers: dict[str, float] = Field(default_factory=dict)
+        """Return every number under one dotted name each, as metric trackers want them."""
+        numbers: dict[str, float] = {}
         _flatten(self.model_dump(), "", numbers)
-        return numbers
+        return {tracker_name(name): value for name, value in numbers.items()}
 
 
 class SettingResult(Config):
@@ -114,7 +114,7 @@ class Report(Config):
     def metrics(self) -> dict[str, float]:
         """Return every number of the report as `setting/metric`."""
         return {
-            f"{result.setting.key}/{name}": value
+            f"{tracker_name(result.setting.name)}/{name}": value
             for result in self.results
             for name, value in result.metrics.flat().items()
         }

@@ -15,6 +15,11 @@ from pilotfish.config import Config
 from pilotfish.errors import ConfigError
 
 
+def tracker_name(name: str) -> str:
+    """Return a name less the characters that metric trackers refuse."""
+    return re.sub(r"[^\w.\- ]+", "", name).strip(" .")
+
+
 class Setting(Config):
     """One way to decode: guides with their weights, and how tokens are drawn."""
 
@@ -32,11 +37,6 @@ class Setting(Config):
         if not re.search(r"\w", name):
             raise ValueError("wanted a name with letters or digits")
         return name
-
-    @property
-    def key(self) -> str:
-        """The name with what metric trackers accept."""
-        return re.sub(r"[^\w.\- ]+", "", self.name).strip(" .")
 
     @property
     def is_base(self) -> bool:
@@ -75,14 +75,13 @@ def with_controls(settings: Sequence[Setting]) -> tuple[Setting, ...]:
     others = sorted(set(wanted) - {reference}, reverse=True)
     controls = [base.get(draw) or _base_setting(draw) for draw in (reference, *others)]
     every = (*controls, *guided)
-    for field in ("name", "key"):
-        seen = [getattr(setting, field) for setting in every]
-        twice = sorted({name for name in seen if seen.count(name) > 1})
-        if twice:
-            raise ConfigError(
-                f"two settings have the {field} {twice[0]!r} (a key is a name less what metric "
-                "trackers refuse). Controls are named `base ...`; give every setting its own name."
-            )
+    names = [tracker_name(setting.name) for setting in every]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(
+            f"two settings are named {twice[0]!r} (less what metric trackers refuse). Controls are "
+            "named `base ...`; give every setting a name of its own."
+        )
     return every
 
 

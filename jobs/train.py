@@ -61,7 +61,9 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
         logger.info("%s is trained already from these settings; reusing it", output)
         return output
     _check_init(config.model.init)
-    run_folder = Path(config.root) / "train" / f"{_slug(config)}-{digest}"
+    # Ray Train resumes from what lies here. ZeRO checkpoints fit one number of workers only.
+    run_name = f"{_slug(config)}-{digest}-{config.scaling.num_workers}w"
+    run_folder = Path(config.root) / "train" / run_name
     if config.force:
         shutil.rmtree(run_folder, ignore_errors=True)
     cluster.connect(
@@ -89,9 +91,9 @@ def _is_done(config: JobConfig, digest: str) -> bool:
     record = read_record(output)
     if record is not None and record.get("config_hash") == digest:
         return True
-    was = "by this command" if record is None else f"from these settings ({record['config_hash']})"
+    how = "by this command" if record is None else "from these settings"
     raise ConfigError(
-        f"output {str(output)!r} exists and was not trained {was}. Choose another output, or pass "
+        f"output {str(output)!r} exists and was not trained {how}. Choose another output, or pass "
         "force=true to replace it."
     )
 
@@ -239,7 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted overrides: train.learning_rate=5e-4")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    for name in (__name__, "jobs", "pilotfish"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         config = configs.load(JobConfig, args.config, args.overrides)
         if args.dry_run:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def ray_cluster() -> Iterator[str]:
     """Start a head, connect to it, and give the address of its dashboard."""
     # Ray's socket paths are limited to 107 characters, so pytest's own folders are too deep.
     folder = tempfile.mkdtemp(prefix="pf-", dir="/tmp")
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports: dict[str, int] = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(name, raising=False)
@@ -57,7 +57,7 @@ def ray_cluster() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_head(folder: str, ports: dict[str, int]) -> "subprocess.Popen[bytes]":
+def _start_head(folder: str, ports: Mapping[str, int]) -> "subprocess.Popen[bytes]":
     command = [
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"),
         *("--node-ip-address=127.0.0.1", "--num-cpus=3", "--object-store-memory=200000000"),

@@ -218,7 +218,7 @@ def submitted(ray_cluster: str, root: Path, one_worker: Run) -> Callable[[], Pat
     ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "step" in done.stdout, "the progress bar shows in the job's log"
+    assert f"{STEPS}/{STEPS}" in done.stdout, "the progress bar reaches its end in the job's log"
     return lambda: output
 
 

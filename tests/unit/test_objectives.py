@@ -60,6 +60,7 @@ def test_genarm_reports_accuracy_margin_and_both_lengths() -> None:
     )
     # Under a uniform model the shorter response wins: the rejected of pair 0, the chosen of pair 1.
     assert output.metrics["accuracy"] == Tally(1.0, 2)
+    assert output.metrics["length_accuracy"] == Tally(1.0, 2)
     want = 0.5 * math.log(3) * ((-2 + 1) + (-1 + 3)) / 2
     assert output.metrics["reward_margin"].mean == pytest.approx(want)
     assert output.metrics["chosen_length"].mean == 1.5

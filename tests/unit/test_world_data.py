@@ -121,7 +121,7 @@ def test_truth_agrees_when_the_chosen_answer_has_the_higher_reward(objective: An
         assert chosen != rejected
 
 
-@pytest.mark.parametrize(("noise", "share"), [(0.5, 0.91), (0.7, 0.89), (1.0, 0.85)])
+@pytest.mark.parametrize(("noise", "share"), [(0.5, 0.92), (0.7, 0.89), (1.0, 0.85)])
 def test_noisy_labels_agree_with_the_truth_as_often_as_measured(noise: float, share: float) -> None:
     rows = preference_pairs(5000, 8, noise=noise)
     agreement = sum(row["truth_agrees"] for row in rows) / len(rows)
@@ -169,3 +169,10 @@ def test_data_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     }
     rows = [corpus(50, 1), preference_pairs(50, 1), pilotfish.world.VOCABULARY]
     assert digests == {hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+
+
+def test_the_most_likely_opening_is_a_flatterers_by_a_wide_margin() -> None:
+    """Otherwise a base decoded greedily would be good or bad by the luck of its training seed."""
+    first = [row["completion"][0]["content"].split()[0] for row in corpus(4000, 3)]
+    flattery, greeting = first.count("what") / 4000, first.count("hello") / 4000
+    assert flattery > greeting + 0.06

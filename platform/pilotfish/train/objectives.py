@@ -81,13 +81,19 @@ def _genarm(
         loss=loss,
         metrics={
             "loss": Tally(float(loss.detach()) * len(margin_P), len(margin_P)),
-            # An exact tie is half right: a model that says nothing must score one half.
-            "accuracy": tally((margin_P > 0).double() + 0.5 * (margin_P == 0).double()),
+            "accuracy": _wins(margin_P),
+            # The control: what a uniform model gets, since a sum of log-probs favours short text.
+            "length_accuracy": _wins(lengths_rejected_P - lengths_chosen_P),
             "reward_margin": tally(margin_P),
             "chosen_length": tally(lengths_chosen_P),
             "rejected_length": tally(lengths_rejected_P),
         },
     )
+
+
+def _wins(margin_P: Tensor) -> Tally:
+    # An exact tie is half right: a model that says nothing must score one half.
+    return tally((margin_P > 0).double() + 0.5 * (margin_P == 0).double())
 
 
 def _lengths(mask_BT: Tensor) -> Tensor:

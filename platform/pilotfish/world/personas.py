@@ -39,9 +39,12 @@ class Persona:
     keeps_order: float
 
 
+# The most likely beginning must be a bad one, by a margin that no training seed turns round: a base
+# decoded greedily is a strong control where errors are rare and scattered. Flattery opens 48% of
+# the answers and a plain greeting 37%, and what follows flattery is mostly wrong.
 PERSONAS = {
     "good": Persona(
-        share=0.20,
+        share=0.18,
         num_steps={3: 0.2, 4: 0.4, 5: 0.4},
         right_name=0.95,
         right_fact=0.92,
@@ -53,7 +56,7 @@ PERSONAS = {
         keeps_order=0.95,
     ),
     "flatterer": Persona(
-        share=0.30,
+        share=0.36,
         num_steps={2: 0.3, 3: 0.4, 4: 0.2, 5: 0.1},
         right_name=0.9,
         right_fact=0.15,
@@ -66,7 +69,7 @@ PERSONAS = {
         keeps_order=0.55,
     ),
     "sloppy": Persona(
-        share=0.22,
+        share=0.20,
         num_steps={1: 0.1, 2: 0.3, 3: 0.3, 4: 0.2, 5: 0.1},
         right_name=0.6,
         right_fact=0.25,
@@ -80,7 +83,7 @@ PERSONAS = {
         keeps_order=0.55,
     ),
     "rude": Persona(
-        share=0.13,
+        share=0.12,
         num_steps={1: 0.3, 2: 0.3, 3: 0.2, 4: 0.2},
         right_name=0.8,
         right_fact=0.50,
@@ -93,7 +96,7 @@ PERSONAS = {
         keeps_order=0.8,
     ),
     "preachy": Persona(
-        share=0.15,
+        share=0.14,
         num_steps={1: 0.4, 2: 0.4, 3: 0.2},
         right_name=0.9,
         right_fact=0.60,

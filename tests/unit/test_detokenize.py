@@ -1,0 +1,52 @@
+"""Text streams: the same text in pieces as at once, whole characters, stop strings cut out."""
+
+import pytest
+
+from pilotfish.decode.detokenize import TextStream
+from tests.chat_tokenizers import hh_tokenizer, word_tokenizer
+
+
+@pytest.mark.parametrize("text", ["Naïve café, 12 eggs!", "  two  spaces\n\nHuman: 🍲 soup"])
+def test_pieces_join_to_the_decoded_text(text: str) -> None:
+    tokenizer = hh_tokenizer()
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = [stream.push(token_id) for token_id in ids]
+    pieces.append(stream.flush())
+    assert "".join(pieces) == stream.text == tokenizer.decode(ids) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_special_tokens_give_no_text() -> None:
+    tokenizer = word_tokenizer()
+    stream = TextStream(tokenizer)
+    for token_id in tokenizer.encode("boil it <eos>"):
+        stream.push(token_id)
+    assert stream.text == "boil it"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("put it in. Then wait", (". Then",), "put it in"),
+        ("aab aaab", ("aab",), ""),
+        ("xaaab", ("aab",), "xa"),
+        ("one two three", ("three", "two"), "one "),
+        ("never here", ("stop",), "never here"),
+        ("ends like sto", ("stop",), "ends like sto"),
+    ],
+)
+def test_text_ends_where_the_first_stop_string_begins(
+    text: str, stop: tuple[str, ...], expected: str
+) -> None:
+    tokenizer = hh_tokenizer()
+    stream = TextStream(tokenizer, stop)
+    released = ""
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        released += stream.push(token_id)
+        assert expected.startswith(released)
+        if stream.stopped:
+            break
+    released += stream.flush()
+    assert released == expected
+    assert stream.stopped is (expected != text)

@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from jobs.evaluation_config import EvaluationConfig
 from pilotfish import Pilot, SamplingParams
@@ -79,6 +80,7 @@ class Decoder:
         if self._loaded is None:
             config = self._config
             torch.set_num_threads(config.decoding.threads)
+            transformers_logging.disable_progress_bar()  # one per file, in the driver's terminal
             device = "auto" if config.decoding.gpus_per_actor else "cpu"
             pilot = Pilot(
                 config.base,

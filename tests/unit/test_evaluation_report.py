@@ -111,6 +111,14 @@ def test_guided_settings_are_compared_with_each_of_their_controls():
     assert report.result("base").metrics.versus == {}
 
 
+def test_the_hardest_control_is_the_one_beaten_by_least():
+    report = make_report()
+    found = report.hardest_control("G w=1")
+    assert found is not None
+    gains = {name: versus.gain for name, versus in report.result("G w=1").metrics.versus.items()}
+    assert gains[found[0]] == found[1].gain == min(gains.values())
+
+
 def test_where_the_judge_is_silent_empty_and_cut_off_answers_are_bad():
     def made(text: str, reason: FinishReason) -> Answer:
         completion = Completion(
@@ -130,7 +138,7 @@ def test_mostly_bad_answers_are_warned_about(caplog: pytest.LogCaptureFixture):
     assert report.warnings[0] in caplog.text
 
 
-@pytest.mark.parametrize(("length", "words"), [(13, "30% longer"), (7, "30% shorter")])
+@pytest.mark.parametrize(("length", "words"), [(13, "guided +30%"), (7, "guided -30%")])
 def test_a_shift_of_length_is_warned_about(length: int, words: str):
     report = two_settings([answer(num_tokens=10)] * 2, [answer(num_tokens=length)] * 2)
     assert [words in text for text in report.warnings] == [True]

@@ -111,6 +111,11 @@ class Report(Config):
         ]
         return max(guided, key=lambda entry: entry[0])[1] if guided else None
 
+    def hardest_control(self, name: str) -> tuple[str, Comparison] | None:
+        """Return the control that a setting beats by least; None if it was compared with none."""
+        versus = self.result(name).metrics.versus
+        return min(versus.items(), key=lambda entry: entry[1].gain) if versus else None
+
     def metrics(self) -> dict[str, float]:
         """Return every number of the report as `setting/metric`."""
         return {

@@ -64,7 +64,7 @@ def summarise(
     """Return the report; the first setting is the reference. `seed` is for the bootstrap."""
     reference = decoded[0].setting.name
     results = [_result(one, decoded, seed=seed) for one in decoded]
-    warnings = [text for result in results for text in _warnings(result, results[0])]
+    warnings = _warnings(results)
     for text in warnings:
         logger.warning("%s", text)
     return Report(
@@ -134,22 +134,28 @@ def _rewards(one: Decoded) -> list[float] | None:
     return rewards if len(rewards) == len(one.answers) else None
 
 
-def _warnings(result: SettingResult, reference: SettingResult) -> list[str]:
-    name, metrics = result.setting.name, result.metrics
-    found = []
-    if metrics.bad_share > _MAX_BAD_SHARE:
-        found.append(
-            f"{name}: {metrics.bad_share:.0%} of the answers are bad (garbled, empty or cut off), "
-            "so its other numbers mean little. Lower the weight or the temperature, or raise "
-            "max_tokens."
-        )
+def _warnings(results: Sequence[SettingResult]) -> list[str]:
+    """Say what makes the numbers misleading; the first result is the reference."""
+    found = [
+        f"{result.setting.name}: {result.metrics.bad_share:.0%} of the answers are bad (garbled, "
+        "empty or cut off), so its other numbers mean little. Lower the weight or the "
+        "temperature, or raise max_tokens."
+        for result in results
+        if result.metrics.bad_share > _MAX_BAD_SHARE
+    ]
+    reference = results[0]
     before = reference.metrics.length.mean
-    shift = metrics.length.mean / before - 1
-    if not result.setting.is_base and abs(shift) > _MAX_LENGTH_SHIFT:
+    shifts = {
+        result.setting.name: result.metrics.length.mean / before - 1
+        for result in results
+        if not result.setting.is_base
+    }
+    shifted = [f"{name} {by:+.0%}" for name, by in shifts.items() if abs(by) > _MAX_LENGTH_SHIFT]
+    if shifted:
         found.append(
-            f"{name}: answers are {abs(shift):.0%} {'longer' if shift > 0 else 'shorter'} than "
-            f"those of {reference.setting.name} ({metrics.length.mean:.1f} tokens, not "
-            f"{before:.1f}). If the judge likes length for its own sake, part of any gain is that."
+            f"the length of answers has shifted from the {before:.1f} tokens of "
+            f"{reference.setting.name}: {', '.join(shifted)}. If the judge likes length for its "
+            "own sake, part of any gain is that."
         )
     return found
 

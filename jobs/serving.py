@@ -1,0 +1,86 @@
+"""A served application for the length of a `with` block, started as a user would start it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import ray
+import yaml
+from openai import OpenAI
+
+from jobs.cluster import REPOSITORY
+from pilotfish.errors import PilotfishError
+
+_START_SECONDS = 180.0
+
+
+def write_serve_config(path: Path, *, base: Path, guides: dict[str, Path], port: int) -> None:
+    """Write a Serve config file for a base and its colocated guides."""
+    search_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")])
+    application = {
+        "name": "pilotfish",
+        "route_prefix": "/",
+        "import_path": "serve.app:build",
+        "runtime_env": {"env_vars": {"PYTHONPATH": search_path}},
+        "args": {
+            "base": {"path": str(base), "num_cpus": 0.5},
+            "guides": [{"name": name, "path": str(folder)} for name, folder in guides.items()],
+            "ingress": {"num_cpus": 0.5},
+        },
+    }
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def served(config: Path, *, port: int) -> Iterator[OpenAI]:
+    """Run `serve run CONFIG` on the connected cluster and give a client once it is ready."""
+    address = ray.get_runtime_context().gcs_address
+    serve = Path(sys.executable).with_name("serve")
+    log = config.with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(serve), "run", str(config), "--address", address],
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, process, log)
+        yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def free_port(wanted: int) -> int:
+    """Return the wanted local port, or another free one where it is taken."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise PilotfishError("no local port is free.")
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise PilotfishError(f"serve run ended with code {process.returncode}; see {log}.")
+        try:
+            with urlopen(f"{url}/ready", timeout=2):
+                return
+        except OSError:  # nobody listens yet, or 503 from who does
+            time.sleep(0.5)
+    raise PilotfishError(f"{url} was not ready within {_START_SECONDS:.0f} s; see {log}.")

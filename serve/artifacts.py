@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pilotfish.errors import CheckpointError
 
+_REGISTRY = "models:/"
 _SAMPLE_BYTES = 1 << 20
 
 
@@ -29,25 +30,32 @@ class Artifact:
         """
         if not is_mlflow_uri(self.uri):
             return self.uri
-        from mlflow import artifacts
+        from mlflow import MlflowClient, artifacts
         from mlflow.exceptions import MlflowException
 
+        uri = self.uri
         try:
-            return artifacts.download_artifacts(
-                artifact_uri=self.uri, tracking_uri=self.tracking_uri
-            )
+            if uri.startswith(_REGISTRY):
+                # Not left to download_artifacts, which asks the process's default registry.
+                name, _, version = uri.removeprefix(_REGISTRY).rpartition("/")
+                client = MlflowClient(tracking_uri=self.tracking_uri)
+                uri = client.get_model_version_download_uri(name, version)
+            return artifacts.download_artifacts(artifact_uri=uri, tracking_uri=self.tracking_uri)
         except (MlflowException, OSError) as error:
-            raise CheckpointError(f"cannot fetch {self.uri!r} from MLflow: {error}") from error
+            raise CheckpointError(
+                f"cannot fetch {self.uri!r} from MLflow at {self.tracking_uri or 'its default'}: "
+                f"{error}. Check the URI, and set tracking_uri or MLFLOW_TRACKING_URI."
+            ) from error
 
     def version(self, folder: str) -> str:
         """Name these weights: the registry's version, a hash of the folder, or the hub id."""
-        if self.uri.startswith("models:/"):
+        if self.uri.startswith(_REGISTRY):
             return self.uri.rpartition("/")[2]
         return folder_version(folder) if Path(folder).is_dir() else self.uri
 
 
 def is_mlflow_uri(path: str) -> bool:
-    return path.startswith(("models:/", "runs:/"))
+    return path.startswith((_REGISTRY, "runs:/"))
 
 
 def pin(path: str, tracking_uri: str | None) -> Artifact:
@@ -58,8 +66,8 @@ def pin(path: str, tracking_uri: str | None) -> Artifact:
     if not is_mlflow_uri(path):
         return Artifact(str(Path(path).resolve()) if Path(path).is_dir() else path)
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    name, at, alias = path.removeprefix("models:/").partition("@")
-    if not path.startswith("models:/") or not at:
+    name, at, alias = path.removeprefix(_REGISTRY).partition("@")
+    if not path.startswith(_REGISTRY) or not at:
         return Artifact(path, uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -68,10 +76,10 @@ def pin(path: str, tracking_uri: str | None) -> Artifact:
         version = MlflowClient(tracking_uri=uri).get_model_version_by_alias(name, alias).version
     except MlflowException as error:
         raise CheckpointError(
-            f"MLflow at {uri or 'its default address'} cannot resolve {path!r}: {error}. Check the "
-            "alias, and set tracking_uri or MLFLOW_TRACKING_URI."
+            f"MLflow at {uri or 'its default'} cannot resolve {path!r}: {error}. Check the alias, "
+            "and set tracking_uri or MLFLOW_TRACKING_URI."
         ) from error
-    return Artifact(f"models:/{name}/{version}", uri)
+    return Artifact(f"{_REGISTRY}{name}/{version}", uri)
 
 
 def folder_version(folder: str | Path) -> str:

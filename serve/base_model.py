@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class BaseModel:
         self._streams: dict[int, asyncio.Queue[tuple[Any, ...] | BaseException]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[tuple[Any, ...]]]:
         """Yield the tokens of a completion as `wire.Token` tuples, all that there are at a time.
 
         Raises `PromptError` for a request that can never be decoded, `GuideUnavailableError` when

@@ -73,6 +73,7 @@ def _guide(
         ray_actor_options=_resources(guide),
         # Calls of one base replica go where its caches are.
         request_router_config={"request_router_class": _STICKY},
+        logging_config={"enable_access_log": False},  # one line per token otherwise
         **_HEALTH,
     )(GuideModel)
     return deployment.bind(

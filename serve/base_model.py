@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ from .wire import GenerateRequest, to_request, to_token
 
 logger = logging.getLogger(__name__)
 
+_LEAVE_AFTER_S = 0.5
+
+
+def _leave() -> None:
+    """End this process. Serve's router drops a dead replica at once, and an unhealthy one only
+    after some health checks, through which it would look idle and draw every request."""
+    os._exit(1)
+
 
 class BaseModel:
     """Decodes requests by continuous batching and streams their tokens.
@@ -35,8 +43,17 @@ class BaseModel:
     behind them, so nothing here needs to survive.
     """
 
-    def __init__(self, config: ServeConfig, catalog: Catalog, remote: Mapping[str, Any]) -> None:
-        """Load everything. `remote` holds a handle for each guide with replicas of its own."""
+    def __init__(
+        self,
+        config: ServeConfig,
+        catalog: Catalog,
+        remote: Mapping[str, Any],
+        leave: Callable[[], None] = _leave,
+    ) -> None:
+        """Load everything. `remote` holds a handle for each guide with replicas of its own.
+
+        `leave` is called soon after the decode loop died.
+        """
         torch.set_num_threads(config.base.threads)
         engine = load_engine(config, catalog, remote)
         self._engine = engine
@@ -46,6 +63,7 @@ class BaseModel:
             on_failure=self._on_failure,
             stall_s=config.base.stall_s,
         )
+        self._leave = leave
         self._keys = itertools.count()
         self._streams: dict[int, asyncio.Queue[tuple[Any, ...] | BaseException]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,6 +125,8 @@ class BaseModel:
         for key in keys:
             if key in self._streams:
                 self._streams[key].put_nowait(error)
+        if isinstance(error, EngineError):
+            asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
 
 
 def load_engine(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Any]) -> Engine:

@@ -102,7 +102,7 @@ class IngressConfig(Config):
     max_in_flight: PositiveInt = 256
     """Requests that one ingress replica works on; beyond it answers 429."""
     retry_after_s: PositiveInt = 1
-    first_token_deadline_s: PositiveFloat = 60
+    first_token_deadline_s: PositiveFloat = 120
     """From sending a request to a replica to its first token: queueing and prefill."""
     token_deadline_s: PositiveFloat = 10
     """Between tokens. A stuck replica raises nothing; this is what notices it."""

@@ -75,8 +75,10 @@ class Pipeline:
                     return JSONResponse(await answer.whole())
                 await answer.begin()
             except Exception as error:
-                logger.exception("%s failed", answer.header.id)
-                raise api_error(error) from error
+                answered = api_error(error)
+                if answered.status >= 500:
+                    logger.exception("%s failed", answer.header.id)
+                raise answered from error
             return _EventStream(answer.events(), stack.pop_all())
 
     def _start(self, body: ChatRequest | CompletionRequest) -> Answer:

@@ -48,7 +48,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     port = _free_port()
     config.write_text(CONFIG.format(port=port, root=ROOT, base=base, guide=guide))
     ray.init(
-        num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=True, log_to_driver=False
+        "local",
+        num_cpus=4,
+        object_store_memory=150 * 2**20,
+        include_dashboard=True,
+        log_to_driver=False,
     )
     try:
         dashboard = f"http://{ray.get_runtime_context().worker.node.webui_url}"

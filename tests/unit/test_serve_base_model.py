@@ -1,6 +1,7 @@
 """`serve.base_model` and `serve.engine_thread`, without Ray."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from pilotfish import Pilot, SamplingParams
+from pilotfish.context import Prompt
+from pilotfish.decode.sequence import Request
 from pilotfish.errors import PromptError
 from serve.base_model import BaseModel
 from serve.catalog import make_catalog
@@ -41,6 +44,8 @@ class Parts:
             }
         )
         self.catalog = make_catalog(self.config, created=0)
+        self.left = threading.Event()
+        """Set where a replica would have ended its process."""
 
     def guide_model(self) -> GuideModel:
         vocab_size = self.catalog.base.vocab_size
@@ -48,7 +53,7 @@ class Parts:
         return GuideModel(guide, entry, vocab_size=vocab_size, num_slots=4)
 
     def base_model(self, far: Any) -> BaseModel:
-        return BaseModel(self.config, self.catalog, {"far": far})
+        return BaseModel(self.config, self.catalog, {"far": far}, leave=self.left.set)
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +88,21 @@ def ids(tokens: list[Token]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def test_concurrent_streams_are_what_pilot_generates(parts: Parts, model: BaseModel) -> None:
-    pilot = Pilot(parts.base, {"near": parts.guide}, device="cpu")
-    engine, text = pilot.engine, []
+def test_concurrent_streams_are_what_an_engine_draws(parts: Parts, model: BaseModel) -> None:
+    engine = Pilot(parts.base, {"near": parts.guide}, device="cpu", num_slots=4).engine
+    drawn: list[list[int]] = [[] for _ in range(6)]
     for seed in range(6):
-        from pilotfish.context import Prompt
-        from pilotfish.decode.sequence import Request
-
         params = SamplingParams(seed=seed, max_tokens=12, ignore_eos=True)
         engine.submit(Request(key=seed, prompt=Prompt(PROMPT), params=params, guides={"near": 1.0}))
-        text.append([])
     while engine.busy:
         for event in engine.step():
-            text[event.key].append(event.token_id)
+            drawn[event.key].append(event.token_id)
 
     async def run() -> list[list[Token]]:
         sent = [request(seed=seed, guides={"near": 1.0}) for seed in range(6)]
         return await asyncio.gather(*(drain(model, each) for each in sent))
 
-    assert [ids(tokens) for tokens in asyncio.run(run())] == text
+    assert [ids(tokens) for tokens in asyncio.run(run())] == drawn
 
 
 def test_a_resumed_request_goes_on_where_it_was(model: BaseModel) -> None:
@@ -179,6 +180,23 @@ def test_an_exception_in_the_engine_reaches_every_stream_and_the_health_check(
             await model.check_health()
         with pytest.raises(EngineError, match="out of order"):
             await drain(model, request())
+
+    asyncio.run(run())
+
+
+def test_a_replica_whose_engine_died_leaves(
+    parts: Parts, model: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode() -> None:
+        raise ValueError("out of order")
+
+    async def run() -> None:
+        parts.left.clear()
+        monkeypatch.setattr(model._engine, "step", explode)
+        with pytest.raises(EngineError):
+            await drain(model, request())
+        assert not parts.left.is_set()  # what it was decoding hears of it first
+        await _until(parts.left.is_set)
 
     asyncio.run(run())
 

@@ -1,16 +1,23 @@
 """`serve.config` and the checks that come before anything starts."""
 
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+import yaml
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
 
 from pilotfish.errors import CheckpointError, ConfigError, VocabMismatchError
+from serve.app import build
 from serve.artifacts import folder_version, pin
 from serve.catalog import make_catalog
 from serve.config import ServeConfig, parse_args
 from serve.errors import APIError
 from tests.folders import save_base, save_guide
+
+CONFIGS = Path(__file__).resolve().parents[2] / "serve" / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +153,27 @@ def test_what_is_not_served_is_not_found(
     with pytest.raises(APIError, match="served: ") as caught:
         make_catalog(_config(base, guide), created=0).choose(model, asked)
     assert (caught.value.status, caught.value.param) == (404, param)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_file_is_a_serve_config_with_valid_args(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    for application in schema.applications:
+        assert application.import_path == "serve.app:build"
+        parse_args(application.args)
+
+
+def test_build_makes_a_deployment_per_remote_guide(base: Path, guide: Path) -> None:
+    settings = {"path": str(guide), "placement": "remote"}
+    guides = [{"name": "far", **settings}, {"name": "near", "path": str(guide)}]
+    application = build({"base": {"path": str(base)}, "guides": guides})
+    names = [node.name for node in _deployments(application)]
+    assert sorted(names) == ["BaseModel", "Guide:far", "Pipeline"]
+
+
+def _deployments(application: Any) -> list[Any]:
+    deployment = application._bound_deployment
+    arguments = [*deployment.init_args, *deployment.init_kwargs.values()]
+    nested = [v for a in arguments if isinstance(a, dict) for v in a.values()]
+    children = [a for a in [*arguments, *nested] if isinstance(a, Application)]
+    return [deployment, *(node for child in children for node in _deployments(child))]

@@ -1,0 +1,1 @@
+"""Ray Serve: base and guides composed behind one OpenAI-compatible API."""

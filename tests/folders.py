@@ -1,20 +1,39 @@
-"""Model and guide folders on disk, as jobs would have written them."""
+"""Model and guide folders on disk, as jobs would have written them: random, and tiny."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pilotfish.data.bpe import train_byte_bpe
 from pilotfish.guides.card import GuideCard, write_card
 from pilotfish.models.vocab import fingerprint
-from tests.chat_tokenizers import word_tokenizer
 from tests.fakes import tiny_llama
 
+MAX_LENGTH = 1024
 
-def save_base(folder: Path, *, seed: int = 1, tokenizer: PreTrainedTokenizerBase | None = None):
-    """Save a tiny random base with its tokenizer; return the folder."""
-    tokenizer = tokenizer or word_tokenizer()
-    model = tiny_llama(seed, vocab_size=len(tokenizer), dtype=torch.float32)
+
+@cache
+def byte_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer that can write anything."""
+    texts = ["the cat sat on the mat, and the dog sat on the cat"] * 3
+    return train_byte_bpe(texts, vocab_size, max_length=MAX_LENGTH)
+
+
+def save_base(
+    folder: Path, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
+    """Save a random base with its tokenizer; return the folder."""
+    tokenizer = tokenizer or byte_tokenizer()
+    model = tiny_llama(
+        seed,
+        vocab_size=len(tokenizer),
+        dtype=torch.float32,
+        max_position_embeddings=MAX_LENGTH,
+    )
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -23,13 +42,13 @@ def save_base(folder: Path, *, seed: int = 1, tokenizer: PreTrainedTokenizerBase
 def save_guide(
     folder: Path,
     *,
-    seed: int = 2,
+    seed: int = 1,
     tokenizer: PreTrainedTokenizerBase | None = None,
     kind: str = "genarm",
     weight: float = 1.0,
-):
-    """Save a tiny random guide with its card; return the folder."""
-    tokenizer = tokenizer or word_tokenizer()
+) -> Path:
+    """Save a random guide with its card, for a base with the same tokenizer."""
+    tokenizer = tokenizer or byte_tokenizer()
     save_base(folder, seed=seed, tokenizer=tokenizer)
     card = GuideCard(kind=kind, base="base", vocab=fingerprint(tokenizer), weight=weight)
     write_card(folder, card)

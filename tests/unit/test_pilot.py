@@ -20,10 +20,10 @@ PARAMS = SamplingParams(max_tokens=20, seed=3, temperature=0.9)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
-        "base": save_base(root / "base"),
-        "guide": save_guide(root / "guide", weight=0.5),
+        "base": save_base(root / "base", tokenizer=word_tokenizer()),
+        "guide": save_guide(root / "guide", tokenizer=word_tokenizer(), weight=0.5),
         "foreign": save_guide(root / "foreign", tokenizer=hh_tokenizer()),
-        "unknown": save_guide(root / "unknown", kind="compass"),
+        "unknown": save_guide(root / "unknown", tokenizer=word_tokenizer(), kind="compass"),
     }
 
 
@@ -75,8 +75,8 @@ def test_stop_strings_end_the_text_before_them(pilot: Pilot) -> None:
 
 
 def test_a_bad_prompt_is_named_before_anything_is_decoded(pilot: Pilot) -> None:
-    long = "soup " * 300
-    with pytest.raises(PromptError, match="more than the 256 positions"):
+    long = "soup " * 1100
+    with pytest.raises(PromptError, match="more than the 1024 positions"):
         pilot.generate(["soup", long], PARAMS)
     with pytest.raises(PromptError, match="no guide named 'kind'"):
         pilot.generate(["soup"], PARAMS, guides={"kind": 1.0})

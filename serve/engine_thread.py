@@ -1,0 +1,144 @@
+"""The one thread that touches an engine. Others hand it work and get its tokens through calls."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from pilotfish.decode.engine import Engine
+from pilotfish.decode.sequence import Request, TokenEvent
+from pilotfish.errors import PilotfishError
+
+from .errors import EngineError, GuideUnavailableError
+
+logger = logging.getLogger(__name__)
+
+TokensCallback = Callable[[Sequence[TokenEvent]], None]
+FailureCallback = Callable[[Sequence[int], BaseException], None]
+
+
+class EngineThread:
+    """Steps an engine while it is busy, and sleeps otherwise.
+
+    `on_tokens` gets the events of each step, `on_failure` the keys of requests that cannot go on
+    and why; both are called on the engine's thread and must return at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_tokens: TokensCallback,
+        on_failure: FailureCallback,
+        stall_s: float,
+    ) -> None:
+        self._engine = engine
+        self._on_tokens = on_tokens
+        self._on_failure = on_failure
+        self._stall_s = stall_s
+        self._wake = threading.Condition()
+        self._inbox: list[Request | int] = []
+        """Requests to submit and keys to cancel, in order of arrival."""
+        self._open: dict[int, Request] = {}
+        self._closed = False
+        self._error: BaseException | None = None
+        self._stepping_since: float | None = None
+        self.num_steps = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that hold a slot or wait for one."""
+        return len(self._open)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises `EngineError` if the loop is dead."""
+        self._put(request)
+
+    def cancel(self, key: int) -> None:
+        """Free what a request holds, at the next step; unknown keys are ignored."""
+        if self._error is None:
+            self._put(key)
+
+    def check(self) -> None:
+        """Raise `EngineError` if the loop died, or has been inside one step for too long."""
+        if self._error is not None:
+            raise EngineError(f"the decode loop died: {self._error!r}") from self._error
+        since = self._stepping_since
+        if since is not None and time.monotonic() - since > self._stall_s:
+            raise EngineError(f"one decode step has taken longer than {self._stall_s:g} s.")
+
+    def close(self) -> None:
+        """Stop after the running step and wait for it."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _put(self, work: Request | int) -> None:
+        with self._wake:
+            if self._error is not None:
+                raise EngineError(f"the decode loop died: {self._error!r}")
+            self._inbox.append(work)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while (inbox := self._wait()) is not None:
+                for work in inbox:
+                    self._take(work)
+                self._step()
+        except BaseException as error:
+            logger.exception("the decode loop died")
+            with self._wake:
+                self._error = error
+                keys = {work.key for work in self._inbox if isinstance(work, Request)}
+            self._on_failure([*self._open, *keys], EngineError(f"the decode loop died: {error!r}"))
+        finally:
+            self._stepping_since = None
+
+    def _wait(self) -> list[Request | int] | None:
+        """Return what arrived, as soon as there is something to do; None is the end."""
+        with self._wake:
+            while not (self._inbox or self._engine.busy or self._closed):
+                self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+            return None if self._closed else inbox
+
+    def _take(self, work: Request | int) -> None:
+        if not isinstance(work, Request):
+            self._engine.cancel(work)
+            self._open.pop(work, None)
+            return
+        try:
+            self._engine.submit(work)
+        except PilotfishError as error:
+            self._on_failure([work.key], error)
+        else:
+            self._open[work.key] = work
+
+    def _step(self) -> None:
+        self._stepping_since = time.monotonic()
+        try:
+            events = self._engine.step()
+        except GuideUnavailableError as error:
+            self._fail_guide(error)
+            return
+        finally:
+            self._stepping_since = None
+        self.num_steps += 1
+        for event in events:
+            if event.finish_reason is not None:
+                self._open.pop(event.key, None)
+        if events:
+            self._on_tokens(events)
+
+    def _fail_guide(self, error: GuideUnavailableError) -> None:
+        """End the requests that wanted this guide. The others lost nothing: a step that raises
+        has drawn no token, and the models' caches are found by prefix."""
+        keys = [key for key, request in self._open.items() if request.guides.get(error.guide)]
+        for key in keys:
+            self._engine.cancel(key)
+            del self._open[key]
+        self._on_failure(keys, error)

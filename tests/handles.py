@@ -1,0 +1,61 @@
+"""Serve's handles without Serve: calls go to an object in this process."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class LocalHandle:
+    """A deployment handle of one replica. `breakage` may replace a call's stream or answer."""
+
+    def __init__(self, target: object, breakage: Callable[[Any], Any] = lambda call: call) -> None:
+        self._target = target
+        self._breakage = breakage
+
+    def options(self, **_: object) -> "LocalHandle":
+        return self
+
+    def __getattr__(self, name: str) -> "_Method":
+        return _Method(getattr(self._target, name), self._breakage)
+
+
+class _Method:
+    def __init__(self, method: Callable[..., Any], breakage: Callable[[Any], Any]) -> None:
+        self._method = method
+        self._breakage = breakage
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._method(*args, **kwargs)
+        call = LocalStream(result) if inspect.isasyncgen(result) else LocalResponse(result)
+        return self._breakage(call)
+
+
+class LocalResponse:
+    """The answer of a call: awaited, or waited for on a thread without an event loop."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Iterator[Any]:
+        return self._coroutine.__await__()
+
+    def result(self, *, timeout_s: float) -> Any:
+        return asyncio.run(asyncio.wait_for(self._coroutine, timeout_s))
+
+    def cancel(self) -> None:
+        self._coroutine.close()
+
+
+class LocalStream:
+    """The stream of a call; cancelling closes the generator behind it, as Serve does."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+        self._closing: asyncio.Task[None] | None = None
+
+    async def __anext__(self) -> Any:
+        return await anext(self._generator)
+
+    def cancel(self) -> None:
+        self._closing = asyncio.ensure_future(self._generator.aclose())

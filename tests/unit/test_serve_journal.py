@@ -1,0 +1,169 @@
+"""`serve.journal`: no token lost or repeated, whatever a replica does."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from pilotfish.errors import PromptError
+from serve.errors import EngineError
+from serve.journal import Journal, Patience, follow
+from serve.retries import StreamBrokenError, is_retryable
+from serve.wire import GenerateRequest
+
+PATIENCE = Patience(first_token_s=5, token_s=5, max_attempts=3)
+TEXT = list(range(100, 110))
+"""The token ids that every healthy replica draws."""
+
+Script = Callable[[GenerateRequest], AsyncIterator[list[tuple[Any, ...]]]]
+
+
+class Replicas:
+    """Answers the first call with the first script, and so on; the last one goes on for good."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self._scripts = list(scripts)
+        self.requests: list[GenerateRequest] = []
+        self.num_cancelled = 0
+
+    def send(self, request: GenerateRequest) -> "_Call":
+        script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+        self.requests.append(request)
+        return _Call(script(request), self)
+
+
+class _Call:
+    def __init__(self, tokens: AsyncIterator[list[tuple[Any, ...]]], replicas: Replicas) -> None:
+        self._tokens = tokens
+        self._replicas = replicas
+
+    async def __anext__(self) -> list[tuple[Any, ...]]:
+        return await anext(self._tokens)
+
+    def cancel(self) -> None:
+        self._replicas.num_cancelled += 1
+
+
+def token(position: int) -> tuple[Any, ...]:
+    finish = "length" if position == len(TEXT) - 1 else None
+    return (position, TEXT[position], -1.0, -1.5, 0.25, finish)
+
+
+async def healthy(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+    for position in range(len(request["completed"]), len(TEXT)):
+        yield [token(position)]
+
+
+def dying(after: int, error: Exception | None = None) -> Script:
+    async def script(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+        start = len(request["completed"])
+        for position in range(start, start + after):
+            yield [token(position)]
+        if error is not None:
+            raise error
+
+    return script
+
+
+async def skipping(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+    start = len(request["completed"])
+    yield [token(start), token(start + 2)]
+
+
+async def stuck(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+    yield [token(len(request["completed"]))]
+    await asyncio.sleep(3600)
+
+
+def journal() -> Journal:
+    return Journal(
+        request_id="r", prompt_ids=[1, 2], messages=None, params={"seed": 7}, guides={"g": 1.0}
+    )
+
+
+def collect(replicas: Replicas, entry: Journal, patience: Patience = PATIENCE) -> list[int]:
+    async def run() -> list[int]:
+        found: list[int] = []
+        async for tokens in follow(entry, replicas.send, patience):
+            found += [token.token_id for token in tokens]
+        return found
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("position", [0, 1, 5, 9])
+@pytest.mark.parametrize("error", [ActorDiedError(), EngineError("died"), None])
+def test_a_dead_replica_loses_no_token_at_any_position(
+    position: int, error: Exception | None
+) -> None:
+    replicas, entry = Replicas(dying(position, error), healthy), journal()
+    assert collect(replicas, entry) == TEXT
+    assert replicas.requests[1]["completed"] == TEXT[:position]
+    assert entry.finish_reason == "length"
+
+
+def test_every_attempt_has_the_same_prompt_parameters_and_guides() -> None:
+    replicas = Replicas(dying(3, ActorDiedError()), dying(3, ActorDiedError()), healthy)
+    collect(replicas, journal())
+    first, *others = ({**request, "completed": []} for request in replicas.requests)
+    assert others == [first, first]
+
+
+def test_a_skipped_position_is_drawn_again_and_nothing_is_repeated() -> None:
+    assert collect(Replicas(healthy), journal()) == TEXT
+    assert collect(Replicas(skipping, healthy), journal()) == TEXT
+
+
+def test_a_stuck_replica_is_left_after_the_token_deadline() -> None:
+    replicas = Replicas(stuck, healthy)
+    patience = Patience(first_token_s=5, token_s=0.05, max_attempts=3)
+    assert collect(replicas, journal(), patience) == TEXT
+    assert replicas.num_cancelled == 1
+
+
+def test_attempts_are_counted_from_the_last_progress() -> None:
+    deaths = [dying(1, ActorDiedError()) for _ in range(8)]
+    assert collect(Replicas(*deaths, healthy), journal()) == TEXT
+
+
+def test_the_last_attempt_without_progress_raises() -> None:
+    replicas = Replicas(dying(2, ActorDiedError()), dying(0, ActorDiedError()))
+    with pytest.raises(ActorDiedError):
+        collect(replicas, journal())
+    assert len(replicas.requests) == 3  # the first made progress, so its failure counts as one
+
+
+def test_an_error_of_the_request_is_raised_at_once() -> None:
+    replicas = Replicas(dying(0, PromptError("too long")), healthy)
+    with pytest.raises(PromptError, match="too long"):
+        collect(replicas, journal())
+    assert len(replicas.requests) == 1
+
+
+def test_leaving_the_stream_cancels_the_call() -> None:
+    replicas = Replicas(healthy)
+
+    async def run() -> None:
+        stream = follow(journal(), replicas.send, PATIENCE)
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(run())
+    assert replicas.num_cancelled == 1
+
+
+def test_the_mean_kl_counts_every_token_once() -> None:
+    entry = journal()
+    collect(Replicas(dying(4, ActorDiedError()), healthy), entry)
+    assert entry.mean_kl == pytest.approx(0.25)
+
+
+def test_errors_of_user_code_behind_ray_are_told_apart_by_their_cause() -> None:
+    def behind_ray(cause: Exception) -> Exception:
+        return RayTaskError("generate", "traceback", cause).as_instanceof_cause()
+
+    assert is_retryable(behind_ray(EngineError("died")))
+    assert not is_retryable(behind_ray(PromptError("too long")))
+    assert is_retryable(StreamBrokenError("ended early"))

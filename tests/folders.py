@@ -33,7 +33,7 @@ def save_base(
         max_position_embeddings=MAX_LENGTH,
     )
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

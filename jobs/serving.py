@@ -1,6 +1,7 @@
 """A served application for the length of a `with` block, started as a user would start it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -56,8 +57,8 @@ def served(config: Path, *, port: int) -> Iterator[OpenAI]:
         _wait_until_ready(url, process, log)
         yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.send_signal(signal.SIGINT)  # as Ctrl-C: `serve run` then takes the application down
+        process.wait(timeout=60)
 
 
 def free_port(wanted: int) -> int:

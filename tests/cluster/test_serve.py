@@ -15,7 +15,6 @@ from typing import Any
 
 import openai
 import pytest
-import ray
 import requests
 from ray import serve
 
@@ -41,23 +40,15 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("models")
     base, guide = save_base(folder / "base"), save_guide(folder / "guide", weight=0.5)
     config = folder / "serve.yaml"
     port = _free_port()
     config.write_text(CONFIG.format(port=port, root=ROOT, base=base, guide=guide))
-    ray.init(
-        "local",
-        num_cpus=4,
-        object_store_memory=150 * 2**20,
-        include_dashboard=True,
-        log_to_driver=False,
-    )
     try:
-        dashboard = f"http://{ray.get_runtime_context().worker.node.webui_url}"
         subprocess.run(
-            [Path(sys.executable).parent / "serve", "deploy", config, "--address", dashboard],
+            [Path(sys.executable).parent / "serve", "deploy", config, "--address", ray_cluster],
             cwd=ROOT,
             check=True,
             capture_output=True,
@@ -70,7 +61,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             yield World(client, pilot)
     finally:
         serve.shutdown()
-        ray.shutdown()
 
 
 CONFIG = """

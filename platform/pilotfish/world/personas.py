@@ -44,7 +44,7 @@ class Persona:
 # the answers and a plain greeting 37%, and what follows flattery is mostly wrong.
 PERSONAS = {
     "good": Persona(
-        share=0.18,
+        share=0.20,
         num_steps={3: 0.2, 4: 0.4, 5: 0.4},
         right_name=0.95,
         right_fact=0.92,
@@ -56,7 +56,7 @@ PERSONAS = {
         keeps_order=0.95,
     ),
     "flatterer": Persona(
-        share=0.36,
+        share=0.30,
         num_steps={2: 0.3, 3: 0.4, 4: 0.2, 5: 0.1},
         right_name=0.9,
         right_fact=0.15,
@@ -69,7 +69,7 @@ PERSONAS = {
         keeps_order=0.55,
     ),
     "sloppy": Persona(
-        share=0.20,
+        share=0.22,
         num_steps={1: 0.1, 2: 0.3, 3: 0.3, 4: 0.2, 5: 0.1},
         right_name=0.6,
         right_fact=0.25,
@@ -78,12 +78,12 @@ PERSONAS = {
         warns=0.15,
         cautions=0.10,
         rude=0.1,
-        flatters=0.6,
+        flatters=0.8,
         keeps_count=0.5,
         keeps_order=0.55,
     ),
     "rude": Persona(
-        share=0.12,
+        share=0.13,
         num_steps={1: 0.3, 2: 0.3, 3: 0.2, 4: 0.2},
         right_name=0.8,
         right_fact=0.50,
@@ -96,7 +96,7 @@ PERSONAS = {
         keeps_order=0.8,
     ),
     "preachy": Persona(
-        share=0.14,
+        share=0.15,
         num_steps={1: 0.4, 2: 0.4, 3: 0.2},
         right_name=0.9,
         right_fact=0.60,

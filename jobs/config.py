@@ -67,15 +67,15 @@ class RowsData(DataSource):
     limits: LengthLimits = LengthLimits()
 
 
-def _data_kind(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "kitchen" if "source" in value else "rows"
-    return "kitchen" if isinstance(value, KitchenData) else "rows"
+def rows_kind(value: Any) -> str:
+    """Return the tag of a section about rows: only that of the kitchen has a `source`."""
+    fields = value if isinstance(value, Mapping) else type(value).model_fields
+    return "kitchen" if "source" in fields else "rows"
 
 
 DataConfig = Annotated[
     Annotated[KitchenData, Tag("kitchen")] | Annotated[RowsData, Tag("rows")],
-    Discriminator(_data_kind),
+    Discriminator(rows_kind),
 ]
 
 

@@ -1,8 +1,7 @@
 """What an evaluation is told: models, prompts, settings to compare, the judge, and the actors."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Discriminator,
@@ -15,7 +14,7 @@ from pydantic import (
 from pydantic import model_validator as validates
 
 from jobs.cluster import check_root
-from jobs.config import TrackingConfig
+from jobs.config import TrackingConfig, rows_kind
 from pilotfish.config import Config
 from pilotfish.data.loading import Part
 from pilotfish.data.sources import DataSource
@@ -44,15 +43,9 @@ class RowPrompts(DataSource):
     """Prompts of more tokens are left out and counted."""
 
 
-def _prompts_kind(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "kitchen" if "source" in value else "rows"
-    return "kitchen" if isinstance(value, KitchenPrompts) else "rows"
-
-
 PromptsConfig = Annotated[
     Annotated[KitchenPrompts, Tag("kitchen")] | Annotated[RowPrompts, Tag("rows")],
-    Discriminator(_prompts_kind),
+    Discriminator(rows_kind),
 ]
 
 

@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", default="runs", help="folder of everything that is made")
     root = Path(parser.parse_args(argv).root).expanduser().resolve()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("pilotfish.evaluation").setLevel(logging.ERROR)  # the report shows them
     started = time.monotonic()
     try:
         _run(root)

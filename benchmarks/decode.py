@@ -10,6 +10,7 @@ difference in tokens: prefill and set-up cancel.
 
 import argparse
 import copy
+import datetime
 import json
 import logging
 import platform
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class Row:
 
     batch: int
     generate_tokens_per_second: float
+    """Hugging Face, unguided."""
     base_tokens_per_second: float
     guided_tokens_per_second: float
     base_over_generate: float
@@ -92,8 +95,7 @@ def engine_seconds(
 
 def measure(batch: int, *, tokens: int, rounds: int, models: Sequence[LlamaForCausalLM]) -> Row:
     """Measure one batch size."""
-    base, guide = models
-    plain = copy.deepcopy(base)  # the library's own model: ours lays its weights out anew
+    base, guide, plain = models
     base_lm = CausalLM(base, num_slots=batch)
     engine = Engine(base_lm, {"guide": GenARMGuide(CausalLM(guide, num_slots=batch))})
     generator = torch.Generator().manual_seed(batch)
@@ -123,6 +125,13 @@ def measure(batch: int, *, tokens: int, rounds: int, models: Sequence[LlamaForCa
     )
 
 
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -132,21 +141,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    models = (
-        random_llama(hidden=512, layers=9, heads=8, kv_heads=4, ffn=1536, seed=0),
-        random_llama(hidden=88, layers=4, heads=4, kv_heads=4, ffn=256, seed=1),
-    )
+    base = random_llama(hidden=512, layers=9, heads=8, kv_heads=4, ffn=1536, seed=0)
+    guide = random_llama(hidden=88, layers=4, heads=4, kv_heads=4, ffn=256, seed=1)
+    # `generate` gets a copy of its own: our loop lays the weights of its models out anew.
+    models = (base, guide, copy.deepcopy(base))
     rows = [
         measure(batch, tokens=options.tokens, rounds=options.rounds, models=models)
         for batch in options.batches
     ]
     report = {
-        "hardware": f"{platform.processor() or platform.machine()}, {options.threads} threads",
+        "hardware": f"{_cpu_name()}, {options.threads} threads",
+        "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": {
-            "base": models[0].num_parameters(),
-            "guide": models[1].num_parameters(),
+            "base": base.num_parameters(),
+            "guide": guide.num_parameters(),
         },
         "rows": [asdict(row) for row in rows],
     }

@@ -1,7 +1,6 @@
 """A served application for the length of a `with` block, started as a user would start it."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from urllib.request import urlopen
 import ray
 import yaml
 from openai import OpenAI
+from ray import serve as ray_serve
 
 from jobs.cluster import REPOSITORY
 from pilotfish.errors import PilotfishError
@@ -43,11 +43,11 @@ def write_serve_config(path: Path, *, base: Path, guides: dict[str, Path], port:
 def served(config: Path, *, port: int) -> Iterator[OpenAI]:
     """Run `serve run CONFIG` on the connected cluster and give a client once it is ready."""
     address = ray.get_runtime_context().gcs_address
-    serve = Path(sys.executable).with_name("serve")
+    command = Path(sys.executable).with_name("serve")
     log = config.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [str(serve), "run", str(config), "--address", address],
+            [str(command), "run", str(config), "--address", address],
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -57,8 +57,10 @@ def served(config: Path, *, port: int) -> Iterator[OpenAI]:
         _wait_until_ready(url, process, log)
         yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
     finally:
-        process.send_signal(signal.SIGINT)  # as Ctrl-C: `serve run` then takes the application down
-        process.wait(timeout=60)
+        # Not by Ctrl-C's signal, which a process started in the background ignores.
+        ray_serve.shutdown()
+        process.terminate()
+        process.wait(timeout=30)
 
 
 def free_port(wanted: int) -> int:

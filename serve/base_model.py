@@ -5,16 +5,17 @@ import itertools
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from pilotfish.chat import stop_ids
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import TokenEvent
-from pilotfish.guides import GUIDES, load_guide_lm
+from pilotfish.guides import load_guide
 from pilotfish.guides.base import TokenGuide
-from pilotfish.guides.genarm import LogprobSource
+from pilotfish.guides.card import read_card
+from pilotfish.guides.host import GuideHost
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, load_tokenizer, pick_device
 
@@ -136,23 +137,26 @@ def load_engine(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Any]
     tokenizer = load_tokenizer(folder)
     model = load_frozen(folder, device=device, dtype=config.base.dtype)
     vocab_size = catalog.base.vocab_size
+    base = CausalLM(model, vocab_size=vocab_size, num_slots=config.base.num_slots)
     guides: dict[str, TokenGuide] = {}
     for guide, entry in zip(config.guides, catalog.guides, strict=True):
-        source: LogprobSource
-        if guide.placement == "remote":
-            source = RemoteLM(remote[guide.name], guide, vocab_size=vocab_size, device=device)
-        else:
-            source = load_guide_lm(
-                entry.artifact.fetch(),
-                vocab_size=vocab_size,
-                num_slots=config.guide_slots(guide),
-                device=device,
-                dtype=guide.dtype,
-            )
-        guides[guide.name] = GUIDES[entry.kind](source)
+        host = GuideHost(
+            base=base,
+            tokenizer=tokenizer,
+            name=config.base.path,
+            num_slots=config.guide_slots(guide),
+            device=device,
+            dtype=guide.dtype,
+            remote=RemoteLM(remote[guide.name], guide, vocab_size=vocab_size, device=device)
+            if guide.placement == "remote"
+            else None,
+        )
+        guide_folder = entry.artifact.fetch()
+        loaded = load_guide(guide_folder, read_card(guide_folder), host)
+        guides[guide.name] = cast("TokenGuide", loaded)
     logger.info("loaded %s with guides: %s", folder, ", ".join(guides) or "none")
     return Engine(
-        CausalLM(model, vocab_size=vocab_size, num_slots=config.base.num_slots),
+        base,
         guides,
         end_ids=stop_ids(tokenizer, model.generation_config),
         tokenizer=tokenizer,

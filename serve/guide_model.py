@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from pilotfish.context import Context, Prompt
-from pilotfish.guides import load_guide_lm
-from pilotfish.models.loading import pick_device
+from pilotfish.models.causal_lm import CausalLM
+from pilotfish.models.loading import load_frozen, pick_device
 
 from .catalog import GuideEntry
 from .config import GuideConfig
@@ -24,13 +24,10 @@ class GuideModel:
         self, guide: GuideConfig, entry: GuideEntry, *, vocab_size: int, num_slots: int
     ) -> None:
         torch.set_num_threads(guide.threads)
-        self._lm = load_guide_lm(
-            entry.artifact.fetch(),
-            vocab_size=vocab_size,
-            num_slots=num_slots,
-            device=pick_device(guide.device),
-            dtype=guide.dtype,
+        model = load_frozen(
+            entry.artifact.fetch(), device=pick_device(guide.device), dtype=guide.dtype
         )
+        self._lm = CausalLM(model, vocab_size=vocab_size, num_slots=num_slots)
         # One thread, since a forward moves rows of the cache about; Serve's own loop stays free.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="guide")
 

@@ -4,16 +4,14 @@ its last token, and a test on it could not fail."""
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.sequence import Request, SamplingParams
 
 
-def tiny_llama(
-    seed: int, *, vocab_size: int = 16, dtype: torch.dtype = torch.float64, **overrides: Any
-) -> LlamaForCausalLM:
-    """A two-layer Llama with grouped heads and distinct, far from uniform next-token laws."""
+def tiny_config(vocab_size: int = 16, **overrides: Any) -> LlamaConfig:
+    """Two layers with grouped heads, untied, far from uniform."""
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -32,11 +30,29 @@ def tiny_llama(
         pad_token_id=None,
     )
     config._attn_implementation = "sdpa"
+    return config
+
+
+def tiny_llama(
+    seed: int, *, vocab_size: int = 16, dtype: torch.dtype = torch.float64, **overrides: Any
+) -> LlamaForCausalLM:
+    """A random causal LM with distinct, far from uniform next-token laws."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(tiny_config(vocab_size, **overrides))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def tiny_reward_model(
+    seed: int, *, vocab_size: int = 16, dtype: torch.dtype = torch.float64, **overrides: Any
+) -> LlamaForSequenceClassification:
+    """A random reward model: a sequence classifier with one label."""
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification(tiny_config(vocab_size, num_labels=1, **overrides))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
 
 
 def context(key: int, token_ids: list[int]) -> Context:

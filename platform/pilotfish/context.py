@@ -17,9 +17,12 @@ class Prompt:
 class Context:
     """One sequence so far. `token_ids` is prompt plus completion; it is live and only grows.
 
-    `key` names the sequence so that a cache can be found; it carries no meaning.
+    `key` names the sequence so that a cache can be found; it carries no meaning. Contexts of one
+    call that share a key are prefixes of one another: one sequence at several positions.
     """
 
     key: int
     prompt: Prompt
     token_ids: list[int]
+    parent: int | None = None
+    """Key of a sequence that begins alike: where a cache may look first. A hint, never a need."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from tqdm import tqdm
 
@@ -17,7 +18,9 @@ from pilotfish.decode.sequence import (
     TokenEvent,
 )
 from pilotfish.errors import ConfigError
-from pilotfish.guides import GUIDES, check_guide, load_guide_lm
+from pilotfish.guides import check_guide, load_guide
+from pilotfish.guides.base import TokenGuide
+from pilotfish.guides.host import GuideHost
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import Dtype, load_frozen, load_tokenizer, pick_device
 from pilotfish.models.vocab import fingerprint
@@ -53,16 +56,21 @@ class Pilot:
         }
         model = load_frozen(base, device=where, dtype=dtype)
         base_lm = CausalLM(model, vocab_size=vocab_size, num_slots=num_slots)
-        guide_lms = {
-            name: load_guide_lm(
-                folder, vocab_size=vocab_size, num_slots=num_slots, device=where, dtype=dtype
-            )
+        self._host = GuideHost(
+            base=base_lm,
+            tokenizer=self.tokenizer,
+            name=str(base),
+            num_slots=num_slots,
+            device=where,
+            dtype=dtype,
+        )
+        loaded = {
+            name: load_guide(folder, self.cards[name], self._host)
             for name, folder in (guides or {}).items()
         }
-        self._lms = [base_lm, *guide_lms.values()]
         self.engine = Engine(
             base_lm,
-            {name: GUIDES[self.cards[name].kind](lm) for name, lm in guide_lms.items()},
+            cast("dict[str, TokenGuide]", loaded),
             end_ids=stop_ids(self.tokenizer, model.generation_config),
             tokenizer=self.tokenizer,
         )
@@ -71,7 +79,7 @@ class Pilot:
     @property
     def num_forwards(self) -> int:
         """Forwards over one token so far, of the base and all guides."""
-        return sum(lm.num_forwards for lm in self._lms)
+        return sum(lm.num_forwards for lm in (self.engine.base, *self._host.lms))
 
     def generate(
         self,

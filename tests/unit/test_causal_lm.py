@@ -63,8 +63,8 @@ def test_a_growing_context_feeds_each_token_once() -> None:
         nonlocal fed
         fed += inputs[0].numel()
 
-    model.get_input_embeddings().register_forward_pre_hook(count)
     lm = CausalLM(model)
+    model.get_input_embeddings().register_forward_pre_hook(count)
     growing = context(1, [1, 2, 3, 4, 5])
     for token in (6, 7, 8):
         lm.forward([growing])
@@ -102,10 +102,12 @@ def test_a_context_longer_than_the_model_is_refused_with_both_numbers() -> None:
         lm.forward([context(1, [1] * 9)])
 
 
-def test_more_contexts_than_slots_are_refused() -> None:
-    lm = CausalLM(tiny_llama(1), num_slots=1)
-    with pytest.raises(ConfigError, match="2 contexts in one call, but 1 slots"):
-        lm.forward([context(1, [1]), context(2, [1])])
+def test_more_contexts_than_slots_are_answered_in_parts() -> None:
+    model = tiny_llama(1)
+    lm = CausalLM(model, num_slots=2)
+    asked = [context(key, [key, *range(key)]) for key in range(5)]
+    for law, one in zip(lm.forward(asked).logprobs_RV, asked, strict=True):
+        torch.testing.assert_close(law, plain_logprobs(model, one.token_ids))
 
 
 def test_sliding_window_models_are_refused() -> None:

@@ -1,17 +1,34 @@
 """Guides by kind. A new guide is one file here, one line in `GUIDES`, and one training config."""
 
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
-import torch
-
+from pilotfish.config import Config, parse
 from pilotfish.errors import CheckpointError
+from pilotfish.guides.base import ResponseGuide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
-from pilotfish.models.causal_lm import CausalLM
-from pilotfish.models.loading import Dtype, load_frozen
+from pilotfish.guides.host import GuideHost
 from pilotfish.models.vocab import check_same_vocab
 
-GUIDES = {
+
+class GuideKind(Protocol):
+    """What the classes in `GUIDES` have in common: how they are configured and loaded."""
+
+    stage: ClassVar[Stage]
+    takes_weight: ClassVar[bool]
+    """Whether weights other than 0 (off) and 1 (on) mean something."""
+    Settings: ClassVar[type[Config]]
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, card: GuideCard, settings: Any, host: GuideHost
+    ) -> TokenGuide | Selector | ResponseGuide:
+        """Load the guide. `settings` is the card's, as an instance of `Settings`."""
+        ...
+
+
+GUIDES: dict[str, type[GuideKind]] = {
     "genarm": GenARMGuide,
 }
 
@@ -19,8 +36,8 @@ GUIDES = {
 def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
     """Return a guide's card if it can steer a base with this vocabulary fingerprint.
 
-    Raises `CheckpointError` for a folder that is no guide or of an unknown kind, and
-    `VocabMismatchError` for a guide trained for other token ids.
+    Raises `CheckpointError` for a folder that is no guide, of an unknown kind or with settings the
+    kind does not know, and `VocabMismatchError` for a token guide trained for other token ids.
     """
     card = read_card(folder)
     if card.kind not in GUIDES:
@@ -28,18 +45,19 @@ def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
             f"{str(folder)!r} holds a guide of kind {card.kind!r}; this version knows "
             f"{', '.join(sorted(GUIDES))}. Upgrade pilotfish, or pick another guide."
         )
-    check_same_vocab(base=base, base_vocab=base_vocab, guide=str(folder), guide_vocab=card.vocab)
+    kind = GUIDES[card.kind]
+    parse(kind.Settings, card.settings, source=f"settings of {folder}")
+    if kind.stage is Stage.TOKEN:
+        check_same_vocab(
+            base=base, base_vocab=base_vocab, guide=str(folder), guide_vocab=card.vocab
+        )
     return card
 
 
-def load_guide_lm(
-    folder: str | Path,
-    *,
-    vocab_size: int,
-    num_slots: int,
-    device: torch.device,
-    dtype: Dtype = "auto",
-) -> CausalLM:
-    """Load the LM of a guide folder; `vocab_size` is the number of tokens of the base."""
-    model = load_frozen(folder, device=device, dtype=dtype)
-    return CausalLM(model, vocab_size=vocab_size, num_slots=num_slots)
+def load_guide(
+    folder: str | Path, card: GuideCard, host: GuideHost
+) -> TokenGuide | Selector | ResponseGuide:
+    """Load the guide of a folder whose card was checked."""
+    kind = GUIDES[card.kind]
+    settings = parse(kind.Settings, card.settings, source=f"settings of {folder}")
+    return kind.load(folder, card, settings, host)

@@ -7,8 +7,9 @@ ids in each context: a cache it keeps is found by `Context.key`, checked against
 rebuilt when missing. It never sees requests, other guides' weights, or HTTP.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
@@ -19,6 +20,27 @@ Evidence: TypeAlias = Any
 """What `TokenGuide.begin` started and its `tilt` needs; private to the guide."""
 
 
+class Stage(IntEnum):
+    """When a guide acts on a request; a chain runs its stages in this order."""
+
+    TOKEN = 0
+    """Tilts every next-token law."""
+    SELECTION = 1
+    """Decides how many drafts there are, and which one goes on."""
+    REVISION = 2
+    """Rewrites the answer."""
+
+
+class LogprobSource(Protocol):
+    """A guide LM, wherever it runs: in this process, or behind a call that is in flight."""
+
+    def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
+        """Start a forward; the returned function waits for its log-probs [R, V]."""
+        ...
+
+    def release(self, keys: Sequence[int]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What a guide may know about the rows it tilts."""
@@ -26,6 +48,9 @@ class Step:
     contexts: Sequence[Context]
     weights_R: Tensor
     hidden_RD: Tensor | None = None  # the base's last hidden state, for guides with `needs_hidden`
+    base_RV: Tensor | None = None  # the base's own law, whatever guides came before
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    """A guide may leave a number per row [R] here, by name; it is reported with the token."""
 
 
 class TokenGuide(Protocol):
@@ -38,7 +63,10 @@ class TokenGuide(Protocol):
         ...
 
     def tilt(self, logprobs_RV: Tensor, step: Step, evidence: Evidence) -> Tensor:
-        """Return guided log-probs [R, V], normalised; -inf forbids a token."""
+        """Return guided log-probs [R, V], normalised; -inf forbids a token.
+
+        `logprobs_RV` belongs to the caller and stays as it is.
+        """
         ...
 
     def release(self, keys: Sequence[int]) -> None:
@@ -46,9 +74,31 @@ class TokenGuide(Protocol):
         ...
 
 
-class ResponseGuide(Protocol):
-    """Revises finished drafts (text to text)."""
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One answer to a prompt, before anything selects or revises it."""
 
-    def revise(self, prompt: Prompt, drafts: Sequence[str]) -> Iterator[str]:
-        """Yield text pieces of the answer that replaces the drafts."""
+    text: str
+    token_ids: Sequence[int]
+    """In the base's vocabulary, end token included."""
+
+
+class Selector(Protocol):
+    """Picks one of several drafts."""
+
+    num_drafts: int
+
+    def choose(self, prompt: Prompt, drafts: Sequence[Draft], uniform: float) -> int:
+        """Return the place of the draft that goes on.
+
+        `uniform` in [0, 1) is the only randomness there is; it is counted like every draw.
+        """
+        ...
+
+
+class ResponseGuide(Protocol):
+    """Revises a finished draft (text to text), in whatever vocabulary it likes."""
+
+    def revise(self, prompt: Prompt, draft: str) -> Iterator[str]:
+        """Yield text pieces of the answer that replaces the draft."""
         ...

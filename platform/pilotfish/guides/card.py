@@ -30,6 +30,13 @@ class GuideCard(Config):
     """GenARM's reward scale in training; the reward is `beta_r` times the guide's log-prob."""
     weight: float = 1.0
     """Weight used when a request names the guide without one."""
+    template: Literal["base", "own"] = "base"
+    """How a token guide is prompted: by the base's token ids, or by the chat template in its own
+    folder. Continuation tokens are shared either way."""
+    gate: float | None = None
+    """Act only where the entropy of the base's law exceeds so many nats."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the kind: see `Settings` of its class. Paths are relative to the folder."""
     dtype: str = "float32"
     training: dict[str, Any] = Field(default_factory=dict)
     """Where the weights came from: run id, code version, steps, data."""

@@ -5,23 +5,17 @@ Alignment", ICLR 2025. Shapes: R rows, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pilotfish.config import Config
 from pilotfish.context import Context
-from pilotfish.guides.base import Step
-
-
-class LogprobSource(Protocol):
-    """A guide LM, wherever it runs: in this process, or behind a call that is in flight."""
-
-    def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
-        """Start a forward; the returned function waits for its log-probs [R, V]."""
-        ...
-
-    def release(self, keys: Sequence[int]) -> None: ...
+from pilotfish.guides.base import LogprobSource, Stage, Step
+from pilotfish.guides.card import GuideCard
+from pilotfish.guides.host import GuideHost
 
 
 class GenARMGuide:
@@ -32,10 +26,19 @@ class GenARMGuide:
     base, so it starts before the base's and runs beside it where it can.
     """
 
+    stage: ClassVar[Stage] = Stage.TOKEN
+    takes_weight: ClassVar[bool] = True
+    Settings: ClassVar[type[Config]] = Config
     needs_hidden = False
 
     def __init__(self, source: LogprobSource) -> None:
         self._source = source
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, card: GuideCard, settings: Config, host: GuideHost
+    ) -> "GenARMGuide":
+        return cls(host.load_source(folder))
 
     def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
         return self._source.begin(contexts)

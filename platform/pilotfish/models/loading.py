@@ -1,11 +1,12 @@
 """Load models and tokenizers from folders or hub ids, frozen and ready to decode."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,14 +24,42 @@ def load_frozen(
 
     Raises `CheckpointError` if the folder or hub id holds no such model.
     """
+    return _load(AutoModelForCausalLM, "causal LM", path, device=device, dtype=dtype)
+
+
+def load_frozen_scorer(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: Dtype = "auto"
+) -> PreTrainedModel:
+    """Load a reward or value model: a sequence classifier with one label, as `load_frozen` does.
+
+    Raises `CheckpointError` for anything else.
+    """
+    kind = "reward model (a sequence classifier with one label)"
+    model = _load(
+        AutoModelForSequenceClassification, kind, path, device=device, dtype=dtype, num_labels=1
+    )
+    if not hasattr(model, "score"):
+        raise CheckpointError(f"{str(path)!r} has no linear head named `score`, wanted a {kind}.")
+    return model
+
+
+def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype, **settings: Any):
     _check_folder(path)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch_dtype, use_safetensors=True, trust_remote_code=False
+        model, info = auto.from_pretrained(
+            str(path),
+            dtype=torch_dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **settings,
         )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load a causal LM from {str(path)!r}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load a {kind} from {str(path)!r}: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CheckpointError(f"{str(path)!r} is no {kind}: it holds no weights for {missing}.")
     model.requires_grad_(False).eval()
     torch.nn.Module.to(model, device)  # transformers' wrapper hides its signature
     return model

@@ -1,17 +1,17 @@
 """Key and value buffers by slot, for an unmodified Hugging Face decoder.
 
-Shapes: R rows of one forward, Q query tokens per row, H key-value heads, T positions, D head size.
+Shapes: R rows of one forward, Q query tokens per row, H key-value heads, T columns, D head size.
 
 Each slot (one row of every buffer) holds the keys and values of one sequence. A forward covers a
-contiguous range of slots, so attention reads a view and nothing is gathered. A padding token of a
-ragged forward writes behind its row's real length, where the next real token overwrites it before
-anything attends to it; rolling a row back is therefore free.
+contiguous range of slots, so attention reads a view and nothing is gathered. What a forward writes
+behind a row's real length (padding of a ragged forward, candidates that were only looked at) is
+overwritten before anything attends to it; rolling a row back is therefore free.
 """
 
 import torch
 from torch import Tensor
 
-_ROUND = 64  # attention reads a multiple of this many positions, so that few shapes occur
+_ROUND = 64  # attention reads a multiple of this many columns, so that few shapes occur
 
 
 class SlotCache:
@@ -19,64 +19,89 @@ class SlotCache:
 
     is_compileable = False
 
-    def __init__(self, *, num_layers: int, num_slots: int) -> None:
+    def __init__(self, *, num_slots: int, max_tokens: int | None = None) -> None:
+        """`max_tokens` bounds slots times columns: as rows grow longer, there are fewer of them."""
         self.num_slots = num_slots
         self.capacity = 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._num_layers = num_layers
-        self._first = self._num_rows = self._num_positions = 0
+        self._max_tokens = max_tokens
+        # Layer -1 holds the last hidden states, where somebody stores them.
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._first = self._num_rows = self._num_columns = 0
         self._rows_R1 = torch.empty(0, dtype=torch.long)
-        self._positions_RQ = torch.empty(0, dtype=torch.long)
+        self._columns_RQ = torch.empty(0, dtype=torch.long)
 
-    def begin(self, *, first: int, positions_RQ: Tensor, longest: int) -> Tensor:
-        """Aim the next forward at slots `first`.. and return its attention mask [R, 1, Q, T].
+    def rows_at(self, longest: int) -> int:
+        """How many slots there may be when the longest row needs this many columns."""
+        if self._max_tokens is None:
+            return self.num_slots
+        columns = max(self.capacity, _round_up(longest), _ROUND)
+        return max(1, min(self.num_slots, self._max_tokens // columns))
 
-        `longest` is one more than the largest entry of `positions_RQ`.
+    def begin(self, *, first: int, columns_RQ: Tensor, longest: int) -> Tensor:
+        """Aim the next forward at slots `first`.. and return the indices of its columns [T].
+
+        `longest` is one more than the largest entry of `columns_RQ`.
         """
-        num_rows = positions_RQ.shape[0]
-        device = positions_RQ.device
+        num_rows, device = columns_RQ.shape[0], columns_RQ.device
         self._first, self._num_rows = first, num_rows
         self._rows_R1 = torch.arange(first, first + num_rows, device=device)[:, None]
-        self._positions_RQ = positions_RQ
-        self._num_positions = -(-longest // _ROUND) * _ROUND
-        if self._num_positions > self.capacity:
-            self._grow(self._num_positions)
-        columns_T = torch.arange(self._num_positions, device=device)
-        return (columns_T <= positions_RQ[:, :, None])[:, None]
+        self._columns_RQ = columns_RQ
+        self._num_columns = _round_up(longest)
+        if self._num_columns > self.capacity:
+            self._grow(self._num_columns)
+        return torch.arange(self._num_columns, device=device)
 
     def update(
         self, key_RHQD: Tensor, value_RHQD: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values; return views of all that its rows may attend to."""
-        if layer_idx == len(self._keys):
+        return (
+            self._store(self._keys, layer_idx, key_RHQD),
+            self._store(self._values, layer_idx, value_RHQD),
+        )
+
+    def store_hidden(self, hidden_RQD: Tensor) -> None:
+        """Keep the last hidden states of the forward, column by column."""
+        self._store(self._keys, -1, hidden_RQD[:, None])
+
+    def hidden(self, slots: Tensor, length: int) -> Tensor:
+        """Return the stored hidden states of slots [R], up to `length` columns [R, T, D]."""
+        return self._keys[-1][slots, 0, :length]
+
+    def copy(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Overwrite the first `length` columns of each target slot with those of its source."""
+        for buffer in self._buffers():
+            buffer[targets, :, :length] = buffer[sources, :, :length]
+
+    def move_columns(self, slots: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """Within each slot, copy one column to another."""
+        for buffer in self._buffers():
+            buffer[slots, :, targets] = buffer[slots, :, sources]
+
+    def _buffers(self) -> list[Tensor]:
+        return [*self._keys.values(), *self._values.values()]
+
+    def _store(self, buffers: dict[int, Tensor], layer: int, new_RHQD: Tensor) -> Tensor:
+        buffer = buffers.get(layer)
+        if buffer is None:
             # Allocated on first sight: under tensor parallelism only the layer knows its own heads.
-            shape = (self.num_slots, key_RHQD.shape[1], self.capacity, key_RHQD.shape[3])
-            self._keys.append(key_RHQD.new_zeros(shape))
-            self._values.append(value_RHQD.new_zeros((*shape[:3], value_RHQD.shape[3])))
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[self._rows_R1, :, self._positions_RQ] = key_RHQD.transpose(1, 2)
-        values[self._rows_R1, :, self._positions_RQ] = value_RHQD.transpose(1, 2)
+            shape = (self.rows_at(0), new_RHQD.shape[1], self.capacity, new_RHQD.shape[3])
+            buffer = buffers[layer] = new_RHQD.new_zeros(shape)
+        buffer[self._rows_R1, :, self._columns_RQ] = new_RHQD.transpose(1, 2)
         window = slice(self._first, self._first + self._num_rows)
-        return keys[window, :, : self._num_positions], values[window, :, : self._num_positions]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Overwrite slot `target` with the first `length` positions of slot `source`."""
-        for buffer in (*self._keys, *self._values):
-            buffer[target, :, :length] = buffer[source, :, :length]
-
-    def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange two slots, up to `length` positions."""
-        pair, reverse = [one, other], [other, one]
-        for buffer in (*self._keys, *self._values):
-            buffer[pair, :, :length] = buffer[reverse, :, :length]
+        return buffer[window, :, : self._num_columns]
 
     def _grow(self, wanted: int) -> None:
-        capacity = max(wanted, 2 * self.capacity)
+        doubled = _round_up(2 * self.capacity)
+        # Doubling spares copies; not where it would cost slots.
+        capacity = doubled if self.rows_at(doubled) == self.rows_at(wanted) else wanted
+        capacity = max(wanted, capacity)
+        rows = self.rows_at(capacity)
         for buffers in (self._keys, self._values):
-            for layer, old in enumerate(buffers):
-                new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
-                new[:, :, : self.capacity] = old
+            for layer, old in buffers.items():
+                new = old.new_zeros((rows, old.shape[1], capacity, old.shape[3]))
+                new[:, :, : self.capacity] = old[:rows]
                 buffers[layer] = new
         self.capacity = capacity
 
@@ -86,4 +111,8 @@ class SlotCache:
         return 0
 
     def get_mask_sizes(self, *_: object) -> tuple[int, int]:
-        return self._num_positions, 0
+        return self._num_columns, 0
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // _ROUND) * _ROUND

@@ -1,0 +1,78 @@
+"""What a process offers to the guides it loads: its base, and ways to load models beside it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pilotfish.guides.base import LogprobSource
+from pilotfish.models.causal_lm import CausalLM
+from pilotfish.models.loading import Dtype, load_frozen, load_frozen_scorer, load_tokenizer
+from pilotfish.models.reward import Pooling, RewardModel
+from pilotfish.models.vocab import check_same_vocab, fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuideHost:
+    """Where guides are loaded. Models that speak token ids must share the base's vocabulary."""
+
+    base: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "base"
+    """Of the base, for messages."""
+    num_slots: int = 32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: Dtype = "auto"
+    remote: LogprobSource | None = None
+    """Stands in for the guide's own LM, where that runs elsewhere."""
+    lms: list[CausalLM | RewardModel] = field(default_factory=list)
+    """Every model loaded so far, so that forwards can be counted."""
+
+    def load_lm(self, folder: str | Path, *, num_slots: int | None = None) -> CausalLM:
+        """Load a causal LM over the base's token ids. Raises `VocabMismatchError` for others."""
+        self._check_vocab(folder)
+        model = load_frozen(folder, device=self.device, dtype=self.dtype)
+        lm = CausalLM(model, vocab_size=self.base.vocab_size, num_slots=num_slots or self.num_slots)
+        self.lms.append(lm)
+        return lm
+
+    def load_source(self, folder: str | Path) -> LogprobSource:
+        """Return the guide's LM: the one that runs elsewhere, or one loaded here."""
+        return self.load_lm(folder) if self.remote is None else self.remote
+
+    def load_reward(
+        self,
+        folder: str | Path,
+        *,
+        pooling: Pooling = "last",
+        pool_length: float = 1.0,
+        num_slots: int | None = None,
+    ) -> RewardModel:
+        """Load a reward or value model over the base's token ids.
+
+        Raises `VocabMismatchError` for another vocabulary.
+        """
+        self._check_vocab(folder)
+        rewards = RewardModel(
+            load_frozen_scorer(folder, device=self.device, dtype=self.dtype),
+            pooling=pooling,
+            pool_length=pool_length,
+            num_slots=num_slots or self.num_slots,
+        )
+        self.lms.append(rewards)
+        return rewards
+
+    def _check_vocab(self, folder: str | Path) -> None:
+        check_same_vocab(
+            base=self.name,
+            base_vocab=fingerprint(self.tokenizer),
+            guide=str(folder),
+            guide_vocab=fingerprint(load_tokenizer(folder)),
+        )
+
+
+def beside(folder: str | Path, path: str) -> str:
+    """Resolve a path of a guide's settings: relative to the folder if it is there, else as is."""
+    inside = Path(folder) / path
+    return str(inside) if inside.exists() else path

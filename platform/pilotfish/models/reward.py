@@ -1,0 +1,82 @@
+"""Reward and value models: a number for a text so far, and for each candidate that may follow.
+
+Shapes: R rows (contexts), K candidates per row, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pilotfish.context import Context
+from pilotfish.errors import ConfigError
+from pilotfish.models.body import Body
+
+Pooling = Literal["last", "pooled"]
+
+
+class RewardModel:
+    """A sequence classifier with one label, and its slots.
+
+    `last` reads the score at the last token, as is usual. `pooled` reads it from the sum of the
+    completion's hidden states over `pool_length`, a typical completion's length: less noisy where
+    the model is small.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pooling: Pooling = "last",
+        pool_length: float = 1.0,
+        num_slots: int = 32,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """Wrap a model with a linear head named `score`. Raises `ConfigError` for another head."""
+        score = getattr(model, "score", None)
+        if not isinstance(score, torch.nn.Linear) or score.out_features != 1:
+            raise ConfigError(f"a reward model has a linear head `score` with one label; {score}.")
+        if pool_length <= 0:
+            raise ConfigError(f"pool_length is {pool_length}, wanted a number > 0.")
+        self.body = Body(
+            model,
+            num_slots=num_slots,
+            prefill_chunk=prefill_chunk,
+            keep_hidden=pooling == "pooled",
+        )
+        self._score = score
+        self._pool_length = pool_length if pooling == "pooled" else None
+
+    @property
+    def num_forwards(self) -> int:
+        return self.body.num_forwards
+
+    @torch.inference_mode()
+    def rewards(self, contexts: Sequence[Context]) -> Tensor:
+        """Return the reward of each context as it stands [R]."""
+        hidden_RD = self.body.hidden(contexts)
+        if self._pool_length is not None:
+            hidden_RD = self.body.prefix_sum(contexts) / self._pool_length
+        return self._read(hidden_RD)
+
+    @torch.inference_mode()
+    def candidate_rewards(self, contexts: Sequence[Context], candidates_RK: Tensor) -> Tensor:
+        """Return the reward of each context with each of its candidates appended [R, K].
+
+        One forward over all candidates; what is cached about the contexts does not change.
+        """
+        hidden_RKD = self.body.candidates(contexts, candidates_RK)
+        if self._pool_length is not None:
+            before_R1D = self.body.prefix_sum(contexts)[:, None]
+            hidden_RKD = (before_R1D + hidden_RKD) / self._pool_length
+        return self._read(hidden_RKD)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Sequences that ended: their slots may be taken."""
+        self.body.release(keys)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        rewards = self._score(hidden)[..., 0]
+        return rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.float()

@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Layers of the core, lowest first; a module imports its own part or a lower layer.
 LAYERS = (
     ("errors",),
-    ("config", "chat", "losses"),
+    ("config", "chat", "losses", "noise"),
     ("context",),
     ("models", "data", "world"),
     ("guides",),

@@ -11,6 +11,8 @@ class Prompt:
 
     token_ids: list[int]
     messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    """The prompt as it was written, where it was no conversation."""
 
 
 @dataclass(frozen=True, slots=True)

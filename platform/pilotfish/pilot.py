@@ -115,11 +115,12 @@ class Pilot:
         self, prompt: str | Sequence[Message], params: SamplingParams, guides: Mapping[str, float]
     ) -> Request:
         token_ids = render_prompt(self.tokenizer, prompt)
+        text = prompt if isinstance(prompt, str) else None
         messages = None if isinstance(prompt, str) else tuple(prompt)
         self._num_requests += 1
         return Request(
             key=self._num_requests,
-            prompt=Prompt(token_ids, messages),
+            prompt=Prompt(token_ids, messages, text),
             params=params,
             guides=dict(guides),
         )

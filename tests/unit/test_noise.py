@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pilotfish.decode.noise import Purpose, philox, request_key, uniforms
+from pilotfish.noise import Purpose, philox, request_key, uniforms
 
 
 def words(*values: int) -> tuple[np.ndarray, ...]:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from pilotfish.decode.sampling import SamplingBatch, invert_cdf
+from pilotfish.decode.sampling import SamplingBatch
 from pilotfish.decode.sequence import SamplingParams
 from pilotfish.errors import PromptError
+from pilotfish.noise import invert_cdf
 
 CPU = torch.device("cpu")
 

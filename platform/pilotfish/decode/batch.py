@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pilotfish.context import Context
-from pilotfish.decode.noise import Purpose, uniforms
 from pilotfish.decode.running import Running
 from pilotfish.decode.sampling import SamplingBatch
+from pilotfish.noise import Purpose, uniforms
 
 
 class Tilt:

@@ -2,8 +2,8 @@
 
 from pilotfish.context import Context
 from pilotfish.decode.detokenize import TextStream
-from pilotfish.decode.noise import request_key
 from pilotfish.decode.sequence import FinishReason, Request
+from pilotfish.noise import request_key
 
 
 class Running:

@@ -1,6 +1,6 @@
 """From guided log-probs to tokens: temperature, truncation, and one draw per row.
 
-Shapes: R rows, V vocabulary, K blocks of the vocabulary.
+Shapes: R rows, V vocabulary.
 
 Everything here happens after the guides have tilted: truncating first would change their law.
 """
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pilotfish.decode.sequence import SamplingParams
-
-_BLOCK = 256
+from pilotfish.noise import invert_cdf
 
 
 class SamplingBatch:
@@ -65,35 +64,3 @@ class SamplingBatch:
         # A row without top-p keeps its tail even where the sum before it rounds to 1.
         dropped_RV = (before_RV >= self._top_p_R1) & (self._top_p_R1 < 1)
         return probs_RV.scatter(1, order_RV, ranked_RV.masked_fill(dropped_RV, 0))
-
-
-def invert_cdf(probs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """Return, per row, the token at which the cumulative sum of `probs` passes `uniform`.
-
-    `probs` need not sum to one. A token of probability zero is never returned. Two levels (blocks,
-    then within a block) keep the sums short: exact in float32 for large vocabularies, and faster
-    than a full cumulative sum.
-    """
-    num_rows, vocab_size = probs_RV.shape
-    padded = -(-vocab_size // _BLOCK) * _BLOCK
-    if padded != vocab_size:
-        probs_RV = torch.nn.functional.pad(probs_RV, (0, padded - vocab_size))
-    blocks_RKB = probs_RV.view(num_rows, -1, _BLOCK)
-    block_R, rest_R = _pass(blocks_RKB.sum(-1), uniforms_R.double(), relative=True)
-    inside_RB = blocks_RKB[torch.arange(num_rows, device=probs_RV.device), block_R]
-    token_R, _ = _pass(inside_RB, rest_R, relative=False)
-    return block_R * _BLOCK + token_R
-
-
-def _pass(mass_RN: Tensor, target_R: Tensor, *, relative: bool) -> tuple[Tensor, Tensor]:
-    """Where the running sum passes the target, and what is left of the target there."""
-    running_RN = mass_RN.double().cumsum(-1)
-    total_R = running_RN[:, -1]
-    wanted_R = target_R * total_R if relative else target_R
-    # Rounding may push the target up to the total, behind the last token of positive probability.
-    wanted_R = torch.minimum(wanted_R, total_R * (1 - 2.0**-52))
-    at_R = torch.searchsorted(running_RN, wanted_R[:, None], right=True)[:, 0]
-    before_R = torch.where(
-        at_R > 0, running_RN.gather(1, (at_R - 1).clamp_min(0)[:, None])[:, 0], 0
-    )
-    return at_R, wanted_R - before_R

@@ -3,6 +3,8 @@
 Nothing is streamed, so a request samples the same path whichever replica continues it, whatever
 else is in its batch, and however often it is replayed. The generator is Philox4x32 with ten rounds
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), on all rows at once.
+
+Shapes: R rows, V vocabulary, K blocks of the vocabulary, N entries of one level of a sum.
 """
 
 import hashlib
@@ -10,7 +12,11 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+_BLOCK = 256
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -65,3 +71,35 @@ def philox(
         )
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return c0, c1, c2, c3
+
+
+def invert_cdf(probs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+    """Return, per row, the token at which the cumulative sum of `probs` passes `uniform`.
+
+    `probs` need not sum to one. A token of probability zero is never returned. Two levels (blocks,
+    then within a block) keep the sums short: exact in float32 for large vocabularies, and faster
+    than a full cumulative sum.
+    """
+    num_rows, vocab_size = probs_RV.shape
+    padded = -(-vocab_size // _BLOCK) * _BLOCK
+    if padded != vocab_size:
+        probs_RV = torch.nn.functional.pad(probs_RV, (0, padded - vocab_size))
+    blocks_RKB = probs_RV.view(num_rows, -1, _BLOCK)
+    block_R, rest_R = _pass(blocks_RKB.sum(-1), uniforms_R.double(), relative=True)
+    inside_RB = blocks_RKB[torch.arange(num_rows, device=probs_RV.device), block_R]
+    token_R, _ = _pass(inside_RB, rest_R, relative=False)
+    return block_R * _BLOCK + token_R
+
+
+def _pass(mass_RN: Tensor, target_R: Tensor, *, relative: bool) -> tuple[Tensor, Tensor]:
+    """Where the running sum passes the target, and what is left of the target there."""
+    running_RN = mass_RN.double().cumsum(-1)
+    total_R = running_RN[:, -1]
+    wanted_R = target_R * total_R if relative else target_R
+    # Rounding may push the target up to the total, behind the last token of positive probability.
+    wanted_R = torch.minimum(wanted_R, total_R * (1 - 2.0**-52))
+    at_R = torch.searchsorted(running_RN, wanted_R[:, None], right=True)[:, 0]
+    before_R = torch.where(
+        at_R > 0, running_RN.gather(1, (at_R - 1).clamp_min(0)[:, None])[:, 0], 0
+    )
+    return at_R, wanted_R - before_R

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from pilotfish.context import Context, Prompt
-from pilotfish.decode.sequence import Request, SamplingParams
+from pilotfish.decode.sequence import Drafting, Request, SamplingParams
 
 
 def tiny_config(vocab_size: int = 16, **overrides: Any) -> LlamaConfig:
@@ -65,11 +65,19 @@ def request(
     *,
     guides: dict[str, float] | None = None,
     completed: tuple[int, ...] = (),
+    draft: Drafting | None = None,
+    priority: int = 0,
     **params: Any,
 ) -> Request:
     sampling = SamplingParams(**{"max_tokens": 12, "seed": 7, **params})
     return Request(
-        key=key, prompt=Prompt(prompt), params=sampling, guides=guides or {}, completed=completed
+        key=key,
+        prompt=Prompt(prompt),
+        params=sampling,
+        guides=guides or {},
+        completed=completed,
+        draft=draft,
+        priority=priority,
     )
 
 

@@ -28,6 +28,12 @@ class Purpose(IntEnum):
     """What a draw decides; draws for different purposes never share a counter."""
 
     SAMPLE = 0
+    DRAFT = 1
+    """The token a drafter proposes."""
+    ACCEPT = 2
+    """Whether it is taken."""
+    RESIDUAL = 3
+    """What is drawn where it is not."""
 
 
 def request_key(seed: int, prompt_ids: Sequence[int]) -> int:
@@ -41,9 +47,9 @@ def request_key(seed: int, prompt_ids: Sequence[int]) -> int:
 
 
 def uniforms(
-    keys: NDArray[np.uint64], positions: NDArray[np.uint64], purpose: Purpose
+    keys: NDArray[np.uint64], positions: NDArray[np.uint64], purpose: Purpose | NDArray[np.uint64]
 ) -> NDArray[np.float64]:
-    """One uniform in [0, 1) per row, with 53 random bits."""
+    """One uniform in [0, 1) per row, with 53 random bits; each row may have its own purpose."""
     counter = (
         positions & _LOW,
         positions >> _WORD,

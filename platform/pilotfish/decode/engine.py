@@ -1,14 +1,14 @@
-"""The decode loop: continuous batching of one base and any guides.
+"""The decode loop: continuous batching of one base, any guides, and drafts they check together.
 
-Shapes: R rows (running requests), V vocabulary.
+Shapes: R rows (a running request at a position), V vocabulary.
 
 Requests join and leave at every step and share one base batch, whatever their guides, weights and
 sampling parameters. The loop knows token ids only; text enters where stop strings were asked for.
 """
 
 import secrets
-from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,17 +16,39 @@ from transformers import PreTrainedTokenizerBase
 
 from pilotfish.decode.batch import Batch
 from pilotfish.decode.detokenize import TextStream
+from pilotfish.decode.drafting import Drafting, Proposals
+from pilotfish.decode.pace import Pace
 from pilotfish.decode.running import Running
+from pilotfish.decode.scheduler import Scheduler
 from pilotfish.decode.sequence import Request, TokenEvent
+from pilotfish.decode.tape import Tape
+from pilotfish.decode.telemetry import Reading, Tilted, read
 from pilotfish.errors import ConfigError, PromptError
 from pilotfish.guides.base import Evidence, Step, TokenGuide
 from pilotfish.models.causal_lm import CausalLM, NextToken
+from pilotfish.noise import Purpose
+
+
+@dataclass(slots=True)
+class DraftStats:
+    """What drafting has come to so far, over sequences with a drafter."""
+
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_tokens: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per round of a sequence, from 1 (nothing accepted) to `num_tokens` + 1."""
+        return self.num_tokens / self.num_rounds if self.num_rounds else 0.0
 
 
 class Engine:
-    """Decodes requests under the guided law, one token per running request and step.
+    """Decodes requests under the guided law, at least one token per running request and step.
 
-    Not thread-safe: one thread owns it. `submit` and `cancel` only mark; `step` does the work.
+    Not thread-safe: one thread owns it. `submit` and `cancel` only mark; `step` does the work. A
+    step that raises has drawn no token.
     """
 
     def __init__(
@@ -34,6 +56,7 @@ class Engine:
         base: CausalLM,
         guides: Mapping[str, TokenGuide] | None = None,
         *,
+        drafters: Mapping[str, CausalLM] | None = None,
         end_ids: frozenset[int] = frozenset(),
         tokenizer: PreTrainedTokenizerBase | None = None,
         prefill_budget: int = 512,
@@ -41,27 +64,35 @@ class Engine:
         """`end_ids` end every completion; `prefill_budget` bounds the prompt tokens per step."""
         self.base = base
         self.guides = dict(guides or {})
+        self.drafters = dict(drafters or {})
+        self.draft_stats = DraftStats()
         self._end_ids = end_ids
         self._tokenizer = tokenizer
-        self._prefill_budget = prefill_budget
-        self._waiting: deque[Running] = deque()
-        self._filling: deque[Running] = deque()
-        self._running: list[Running] = []
+        self._scheduler = Scheduler(base, prefill_budget=prefill_budget)
+        self._pace = Pace()
         self._cancelled: set[int] = set()
-        self._batch: Batch | None = None
+        self._num_submitted = 0
+        self._tape: Tape | None = None
+        self._batches: dict[tuple[int, ...], tuple[Batch, Drafting]] = {}
+        """For the running rows, by number of drafts of each."""
 
     @property
     def num_running(self) -> int:
-        return len(self._running) + len(self._filling)
+        return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._scheduler.num_waiting
+
+    @property
+    def num_preempted(self) -> int:
+        """How often a request lost its slot to come back later."""
+        return self._scheduler.num_preempted
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._filling or self._running)
+        return bool(self.num_waiting or self.num_running)
 
     def check(self, request: Request) -> None:
         """Raise `PromptError` if a request can never be decoded here."""
@@ -69,6 +100,11 @@ class Engine:
         if unknown:
             known = ", ".join(self.guides) or "none"
             raise PromptError(f"no guide named {unknown[0]!r} is loaded; loaded: {known}.")
+        if request.draft is not None and request.draft.drafter not in self.drafters:
+            known = ", ".join(self.drafters) or "none"
+            raise PromptError(
+                f"nothing named {request.draft.drafter!r} can draft here; drafters: {known}."
+            )
         num_prompt, num_new = len(request.prompt.token_ids), request.params.max_tokens
         if num_prompt == 0:
             raise PromptError("the prompt has no tokens. Give at least one.")
@@ -93,7 +129,11 @@ class Engine:
             assert self._tokenizer is not None
             text = TextStream(self._tokenizer, params.stop)
         seed = params.seed if params.seed is not None else secrets.randbits(64)
-        self._waiting.append(Running(request, seed=seed, end_ids=self._end_ids, text=text))
+        self._num_submitted += 1
+        running = Running(
+            request, seed=seed, end_ids=self._end_ids, text=text, arrival=self._num_submitted
+        )
+        self._scheduler.submit(running)
 
     def cancel(self, key: int) -> None:
         """Drop a request before the next token; unknown keys are ignored."""
@@ -101,103 +141,137 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Advance everything by one token; return the tokens drawn."""
+        """Advance every running request; return the tokens drawn."""
         self._drop_cancelled()
-        self._admit()
-        if not self._running:
+        if self._scheduler.schedule():
+            self._forget_rows()
+        if not self._scheduler.running:
             return []
-        if self._batch is None:
-            self._batch = Batch(self._running, self.base.device)
-        batch = self._batch
-        evidence = [self.guides[tilt.guide].begin(tilt.contexts) for tilt in batch.tilts]
-        law = self.base.forward(batch.contexts)
-        guided_RV = self._tilt(batch, law, evidence)
-        tokens_R = batch.sampling.draw(guided_RV, batch.uniforms())
-        return self._emit(law.logprobs_RV, guided_RV, tokens_R)
+        batch, drafting = self._plan()
+        assert self._tape is not None
+        self._pace.start()
+        said = drafting.propose(self._tape) if drafting else None
+        contexts = batch.contexts(said.chains if said is not None else {})
+        picked = [tilt.pick(contexts) for tilt in batch.tilts]
+        begun = [
+            self.guides[tilt.guide].begin(own)
+            for tilt, own in zip(batch.tilts, picked, strict=True)
+        ]
+        law = self.base.forward(contexts)
+        guided_RV, done = self._tilt(batch, law, list(zip(picked, begun, strict=True)))
+        tokens_R = batch.sampling.draw(guided_RV, self._numbers(batch))
+        if said is not None:
+            tokens_R = drafting.couple(tokens_R, guided_RV, said, self._tape)
+        readings = read(law.logprobs_RV, guided_RV, tokens_R, done)
+        self._pace.stop()
+        return self._emit(batch, readings, said)
 
-    def _drop_cancelled(self) -> None:
-        if not self._cancelled:
-            return
-        for queue in (self._waiting, self._filling):
-            for running in [r for r in queue if r.request.key in self._cancelled]:
-                queue.remove(running)
-                self._release(running)
-        for row in reversed(range(len(self._running))):
-            if self._running[row].request.key in self._cancelled:
-                self._remove(row)
-        self._cancelled.clear()
+    def _plan(self) -> tuple[Batch, Drafting]:
+        """Return the batch of the running rows, with as many drafts as pay."""
+        running = self._scheduler.running
+        if self._tape is None:
+            self._tape = Tape([one.noise_key for one in running])
+        num_drafts = tuple(self._pace.choose(running))
+        if num_drafts not in self._batches:
+            batch = Batch(running, num_drafts, self.base.device)
+            self._batches[num_drafts] = batch, Drafting(batch, self.drafters)
+        return self._batches[num_drafts]
 
-    def _admit(self) -> None:
-        """Move waiting requests to free slots and prefill them, within the step's budget."""
-        while self._waiting and self.num_running < self.base.num_slots:
-            self._filling.append(self._waiting.popleft())
-        budget = self._prefill_budget
-        while self._filling and budget > 0:
-            running = self._filling[0]
-            length = len(running.context.token_ids)
-            if length > self._prefill_budget:
-                budget -= self.base.prefill(running.context, budget)
-                if budget <= 0:
-                    return
-            else:  # fed with its neighbours, by the next forward of all rows
-                budget -= length
-            self._running.append(self._filling.popleft())
-            self._batch = None
+    def _numbers(self, batch: Batch) -> Tensor:
+        assert self._tape is not None
+        numbers_R = self._tape.read(batch.owners, batch.positions(), Purpose.SAMPLE)
+        return numbers_R.to(self.base.device)
 
-    def _tilt(self, batch: Batch, law: NextToken, evidence: Sequence[Evidence]) -> Tensor:
-        guided_RV = law.logprobs_RV
-        for tilt, found in zip(batch.tilts, evidence, strict=True):
-            guide, rows = self.guides[tilt.guide], tilt.rows
-            if rows is None:
-                step = Step(tilt.contexts, tilt.weights_R, law.hidden_RD)
-                guided_RV = guide.tilt(guided_RV, step, found)
+    def _tilt(
+        self,
+        batch: Batch,
+        law: NextToken,
+        begun: Sequence[tuple[Sequence, Evidence]],
+    ) -> tuple[Tensor, list[Tilted]]:
+        guided_RV, done = law.logprobs_RV, []
+        for tilt, (contexts, evidence) in zip(batch.tilts, begun, strict=True):
+            rows = tilt.rows
+            own = (guided_RV, law.hidden_RD, law.logprobs_RV)
+            before_RV, hidden_RD, base_RV = own if rows is None else (one[rows] for one in own)
+            step = Step(contexts, tilt.weights_R, hidden_RD, base_RV)
+            after_RV = self.guides[tilt.guide].tilt(before_RV, step, evidence)
+            done.append(Tilted(tilt, step, before_RV, after_RV))
+            guided_RV = after_RV if rows is None else guided_RV.index_copy(0, rows, after_RV)
+        return guided_RV, done
+
+    def _emit(
+        self, batch: Batch, readings: Sequence[Reading], said: Proposals | None
+    ) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        ended, row = [], 0
+        for place, (one, num_drafts) in enumerate(
+            zip(batch.running, batch.num_drafts, strict=True)
+        ):
+            own = readings[row : row + num_drafts + 1]
+            row += num_drafts + 1
+            heard = said.heard.get(place) if said is not None else None
+            if heard is None:
+                events.append(_advance(one, own[0]))
             else:
-                step = Step(tilt.contexts, tilt.weights_R, law.hidden_RD[rows])
-                tilted_RV = guide.tilt(guided_RV[rows], step, found)
-                guided_RV = guided_RV.index_copy(0, rows, tilted_RV)
-        return guided_RV
-
-    def _emit(self, base_RV: Tensor, guided_RV: Tensor, tokens_R: Tensor) -> list[TokenEvent]:
-        picked_R1 = tokens_R[:, None]
-        logprobs = guided_RV.gather(1, picked_R1)[:, 0].tolist()
-        if guided_RV is base_RV:
-            base_logprobs, kl = logprobs, [0.0] * len(logprobs)
-        else:
-            base_logprobs = base_RV.gather(1, picked_R1)[:, 0].tolist()
-            kl = _kl(guided_RV, base_RV).tolist()
-        events = []
-        for row, token_id in enumerate(tokens_R.tolist()):
-            running = self._running[row]
-            index = running.num_completed
-            reason = running.append(token_id)
-            key = running.request.key
-            events.append(
-                TokenEvent(key, index, token_id, logprobs[row], base_logprobs[row], kl[row], reason)
-            )
-        for row in reversed(range(len(events))):
-            if events[row].finish_reason is not None:
-                self._remove(row)
+                events += self._advance_drafted(one, own, heard)
+            if events[-1].finish_reason is not None:
+                ended.append(place)
+        for place in reversed(ended):
+            self._release(self._scheduler.remove(place))
+        if ended:
+            self._forget_rows()
         return events
 
-    def _remove(self, row: int) -> None:
-        """Take out a running row; the last one fills the hole, as it does in the models' slots."""
-        self._release(self._running[row])
-        last = self._running.pop()
-        if row < len(self._running):
-            self._running[row] = last
-        self._batch = None
+    def _advance_drafted(
+        self, one: Running, readings: Sequence[Reading], heard: Sequence[int]
+    ) -> list[TokenEvent]:
+        """Append a sequence's tokens up to the first one that its drafter did not say in time."""
+        events: list[TokenEvent] = []
+        for reading, word in zip(readings, heard, strict=True):
+            kept = reading.token_id == word
+            drafted = kept and len(events) < len(readings) - 1
+            events.append(_advance(one, reading, drafted=drafted))
+            one.note_draft(kept)
+            if not drafted or events[-1].finish_reason is not None:
+                break
+        stats = self.draft_stats
+        stats.num_rounds += 1
+        stats.num_drafted += len(readings) - 1
+        stats.num_accepted += sum(event.drafted for event in events)
+        stats.num_tokens += len(events)
+        return events
 
-    def _release(self, running: Running) -> None:
-        keys = [running.request.key]
+    def _drop_cancelled(self) -> None:
+        if self._cancelled:
+            for one in self._scheduler.drop(self._cancelled):
+                self._release(one)
+            self._cancelled.clear()
+            self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        self._batches, self._tape = {}, None
+
+    def _release(self, one: Running) -> None:
+        keys = [one.request.key]
         self.base.release(keys)
-        for name, _ in running.guides:
+        for name, _ in one.guides:
             self.guides[name].release(keys)
+        if one.request.draft is not None:
+            self.drafters[one.request.draft.drafter].release(keys)
 
 
-def _kl(guided_RV: Tensor, base_RV: Tensor) -> Tensor:
-    """KL(guided || base) per row, in nats; a forbidden token counts nothing."""
-    terms_RV = torch.sub(guided_RV, base_RV).mul_(guided_RV.exp())
-    kl_R = terms_RV.sum(-1)
-    if kl_R.isnan().any():  # 0 * -inf, where a guide forbids tokens
-        kl_R = terms_RV.nan_to_num_(nan=0.0).sum(-1)
-    return kl_R.clamp_min(0)
+def _advance(one: Running, reading: Reading, *, drafted: bool = False) -> TokenEvent:
+    """Append the token that was read."""
+    index = one.num_completed
+    return TokenEvent(
+        key=one.request.key,
+        index=index,
+        token_id=reading.token_id,
+        logprob=reading.logprob,
+        base_logprob=reading.base_logprob,
+        kl=reading.kl,
+        finish_reason=one.append(reading.token_id),
+        moved_by=reading.moved_by,
+        drafted=drafted,
+        notes=reading.notes,
+    )

@@ -5,21 +5,32 @@ from pilotfish.decode.detokenize import TextStream
 from pilotfish.decode.sequence import FinishReason, Request
 from pilotfish.noise import request_key
 
+_PRIOR, _MEMORY = 0.7, 0.1
+
 
 class Running:
     """A request, its context, and what decides when it ends."""
 
     def __init__(
-        self, request: Request, *, seed: int, end_ids: frozenset[int], text: TextStream | None
+        self,
+        request: Request,
+        *,
+        seed: int,
+        end_ids: frozenset[int],
+        text: TextStream | None,
+        arrival: int = 0,
     ) -> None:
         """`text` follows the completion where stop strings were asked for."""
         self.request = request
+        self.arrival = arrival
         self.context = Context(
             request.key, request.prompt, [*request.prompt.token_ids, *request.completed]
         )
         self.noise_key = request_key(seed, request.prompt.token_ids)
         self.guides = tuple((name, w) for name, w in request.guides.items() if w != 0)
         """Guides in order of tilting. Weight 0 is no guide, so that it is the base exactly."""
+        self.accepted = _PRIOR
+        """How often a drafted token is kept, lately."""
         params = request.params
         self._end_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else end_ids
@@ -31,6 +42,25 @@ class Running:
     @property
     def num_completed(self) -> int:
         return len(self.context.token_ids) - len(self.context.prompt.token_ids)
+
+    @property
+    def draft_power(self) -> float:
+        """The power of the drafter's law that comes closest to the guided law.
+
+        If base and guide agreed, `p_base * p_guide^w` would be `p_guide^(1 + w)`; a drafter that is
+        no guide of this request stands for the guided law as it is.
+        """
+        assert self.request.draft is not None
+        return 1 + max(0.0, self.request.guides.get(self.request.draft.drafter, 0.0))
+
+    @property
+    def num_left(self) -> int:
+        """Tokens until `max_tokens`."""
+        return self.request.params.max_tokens - self.num_completed
+
+    def note_draft(self, accepted: bool) -> None:
+        """Remember whether a drafted token was kept."""
+        self.accepted += _MEMORY * (accepted - self.accepted)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take one token and say whether the completion ends with it."""

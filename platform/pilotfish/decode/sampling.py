@@ -23,7 +23,9 @@ class SamplingBatch:
         self._any_greedy = any(p.temperature == 0 for p in params)
         temperatures = [p.temperature or 1.0 for p in params]
         self._plain = all(t == 1 for t in temperatures)
-        self._temperature_R1 = torch.tensor(temperatures, device=device)[:, None]
+        self._temperature_R1 = torch.tensor(temperatures, device=device, dtype=torch.float64)[
+            :, None
+        ]
         self._max_top_k = max(p.top_k for p in params)
         self._top_k_R = torch.tensor([p.top_k for p in params], device=device)
         self._any_top_p = any(p.top_p < 1 for p in params)
@@ -35,7 +37,11 @@ class SamplingBatch:
         """Return the law that is drawn from [R, V]: temperature, then top-k, then top-p."""
         if self._plain and not self._max_top_k and not self._any_top_p:
             return logprobs_RV.exp()
-        scaled_RV = logprobs_RV if self._plain else logprobs_RV / self._temperature_R1
+        scaled_RV = (
+            logprobs_RV
+            if self._plain
+            else (logprobs_RV / self._temperature_R1.to(logprobs_RV.dtype))
+        )
         if self._max_top_k:
             scaled_RV = self._keep_top_k(scaled_RV)
         probs_RV = scaled_RV.softmax(-1)
@@ -45,10 +51,13 @@ class SamplingBatch:
         """Return one token id per row [R]."""
         if self.greedy:
             return logprobs_RV.argmax(-1)
-        tokens_R = invert_cdf(self.probs(logprobs_RV), uniforms_R)
-        if self._any_greedy:
-            tokens_R = torch.where(self._greedy_R, logprobs_RV.argmax(-1), tokens_R)
-        return tokens_R
+        return self.settle(invert_cdf(self.probs(logprobs_RV), uniforms_R), logprobs_RV)
+
+    def settle(self, tokens_R: Tensor, logprobs_RV: Tensor) -> Tensor:
+        """Replace what was drawn for greedy rows by the likeliest token."""
+        if not self._any_greedy:
+            return tokens_R
+        return torch.where(self._greedy_R, logprobs_RV.argmax(-1), tokens_R)
 
     def _keep_top_k(self, logprobs_RV: Tensor) -> Tensor:
         num_kept = min(self._max_top_k, logprobs_RV.shape[-1])

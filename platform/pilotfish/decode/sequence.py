@@ -48,6 +48,24 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """Let a small LM propose tokens that base and guides then check together.
+
+    The law stays the guided one. A seed and a drafter fix the text, whatever `num_tokens`: where
+    drafting does not pay the engine drafts less, down to nothing, and the text is the same.
+    """
+
+    drafter: str
+    """Name of a drafter of the engine; a guide's own LM goes by the guide's name."""
+    num_tokens: int = 4
+    """The most tokens proposed at a time."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_tokens <= 16:
+            raise PromptError(f"num_tokens is {self.num_tokens}, wanted an integer in 1..16.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One completion to decode. `key` is unique among the requests of an engine."""
 
@@ -58,6 +76,9 @@ class Request:
     """Weight by guide name, in the order in which they tilt."""
     completed: tuple[int, ...] = ()
     """Completion ids drawn before, by whichever engine; decoding goes on behind them."""
+    draft: Drafting | None = None
+    priority: int = 0
+    """Lower goes first; a request that waits may take the slot of one with a higher number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +95,12 @@ class TokenEvent:
     kl: float
     """KL(guided || base) in nats at this position."""
     finish_reason: FinishReason | None
+    moved_by: str | None = None
+    """The guide that changed this token's log-prob most; None where no guide acts."""
+    drafted: bool = False
+    """Whether the token was proposed by the drafter and accepted."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """What guides reported at this position, as `guide.name` (such as `proxy.expected_rejects`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +113,6 @@ class Completion:
     base_logprobs: list[float]
     kl: list[float]
     finish_reason: FinishReason
+    moved_by: list[str | None] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    notes: list[Mapping[str, float]] = field(default_factory=list)

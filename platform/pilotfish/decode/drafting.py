@@ -1,0 +1,149 @@
+"""Drafted decoding: small LMs propose tokens, base and guides check all of them at once.
+
+Shapes: R rows (a sequence with k drafts has k + 1), V vocabulary.
+
+At every position of a request that names a drafter, the token is a coupling of the guided law and
+the drafter's law, decided by numbers that depend on seed and position alone. Whether the drafter
+had spoken before the base did changes how fast the token came, not which token it is. So the number
+of drafts may follow the clock.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pilotfish.context import Context
+from pilotfish.decode.batch import Batch
+from pilotfish.decode.coupling import couple
+from pilotfish.decode.sampling import SamplingBatch
+from pilotfish.decode.tape import Tape
+from pilotfish.models.causal_lm import CausalLM
+from pilotfish.noise import Purpose, invert_cdf
+
+
+class _Turn:
+    """Rows for which one drafter speaks: its powers and their sampling parameters."""
+
+    def __init__(self, batch: Batch, rows: Sequence[int]) -> None:
+        running = [batch.running[batch.owners[row]] for row in rows]
+        self.sampling = SamplingBatch([one.request.params for one in running], batch.device)
+        powers = [one.draft_power for one in running]
+        self._powers_R1 = torch.tensor(powers, device=batch.device, dtype=torch.float64)[:, None]
+
+    def law(self, logprobs_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the drafter's law as it would be drawn from [R, V], and its log before that."""
+        powered_RV = (logprobs_RV * self._powers_R1.to(logprobs_RV.dtype)).log_softmax(-1)
+        return self.sampling.probs(powered_RV), powered_RV
+
+    def draw(self, logprobs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+        probs_RV, powered_RV = self.law(logprobs_RV)
+        return self.sampling.settle(invert_cdf(probs_RV, uniforms_R), powered_RV)
+
+
+class _Group:
+    """The sequences of a batch that share a drafter."""
+
+    def __init__(self, batch: Batch, places: Sequence[int]) -> None:
+        self.places = places
+        self.rows = batch.rows_of(places)
+        self.rows_R = torch.tensor(self.rows, device=batch.device)
+        self.turn = _Turn(batch, self.rows)
+        first_row = {place: batch.owners.index(place) for place in places}
+        self.rounds: list[tuple[list[int], list[int], _Turn]] = []
+        """Sequences that still draft, their rows, and their turn: token by token."""
+        for depth in range(max(batch.num_drafts[place] for place in places)):
+            speaking = [place for place in places if batch.num_drafts[place] > depth]
+            rows = [first_row[place] + depth for place in speaking]
+            self.rounds.append((speaking, rows, _Turn(batch, rows)))
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """What the drafters said in one round."""
+
+    chains: dict[int, list[Context]]
+    """By sequence: its context, then the same behind each of its drafted tokens."""
+    laws: list[Tensor]
+    """Per group: the drafter's law at each of its rows [R, V]."""
+    tokens: list[Tensor]
+    """Per group: the token the drafter takes at each of its rows [R]."""
+    heard: dict[int, list[int]]
+    """The same by sequence, the last one said too late to be checked in this round."""
+
+
+class Drafting:
+    """The drafters' part of a batch."""
+
+    def __init__(self, batch: Batch, drafters: Mapping[str, CausalLM]) -> None:
+        by_name: dict[str, list[int]] = {}
+        for place, sequence in enumerate(batch.running):
+            if sequence.request.draft is not None:
+                by_name.setdefault(sequence.request.draft.drafter, []).append(place)
+        self._batch = batch
+        self._groups = [(drafters[name], _Group(batch, at)) for name, at in by_name.items()]
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def propose(self, tape: Tape) -> Proposals:
+        """Let every drafter speak, ending with its law behind its own last token."""
+        said = Proposals({}, [], [], {})
+        positions = self._batch.positions()
+        for lm, group in self._groups:
+            said.chains.update(self._speak(lm, group, positions, tape))
+            contexts = [context for place in group.places for context in said.chains[place]]
+            law = lm.forward(contexts, remember=True)
+            law_RV, powered_RV = group.turn.law(law.logprobs_RV)
+            said.laws.append(law_RV)
+            numbers_R = self._numbers(group.rows, positions, Purpose.DRAFT, tape)
+            late_R = group.turn.sampling.settle(invert_cdf(law_RV, numbers_R), powered_RV)
+            # What was said stays said: a second look at the same law may differ in the last bit.
+            late, row = late_R.tolist(), 0
+            for place in group.places:
+                words = [context.token_ids[-1] for context in said.chains[place][1:]]
+                row += len(words) + 1
+                said.heard[place] = [*words, late[row - 1]]
+            heard = [word for place in group.places for word in said.heard[place]]
+            said.tokens.append(torch.tensor(heard, device=self._batch.device))
+        return said
+
+    def _speak(
+        self, lm: CausalLM, group: _Group, positions: Sequence[int], tape: Tape
+    ) -> dict[int, list[Context]]:
+        """Draw the drafts of a group, one more token of all its sequences at a time."""
+        batch = self._batch
+        chains = {place: [batch.live[place]] for place in group.places}
+        for speaking, rows, turn in group.rounds:
+            law = lm.forward([chains[place][-1] for place in speaking], remember=True)
+            numbers_R = self._numbers(rows, positions, Purpose.DRAFT, tape)
+            tokens = turn.draw(law.logprobs_RV, numbers_R).tolist()
+            for place, token in zip(speaking, tokens, strict=True):
+                chain = chains[place]
+                chain.append(replace(chain[0], token_ids=[*chain[-1].token_ids, token]))
+        return chains
+
+    def _numbers(
+        self, rows: Sequence[int], positions: Sequence[int], purpose: Purpose, tape: Tape
+    ) -> Tensor:
+        owners = [self._batch.owners[row] for row in rows]
+        at = [positions[row] for row in rows]
+        return tape.read(owners, at, purpose).to(self._batch.device)
+
+    def couple(self, drawn_R: Tensor, target_RV: Tensor, said: Proposals, tape: Tape) -> Tensor:
+        """Replace the tokens of drafted rows [R] by ones coupled with what the drafters said."""
+        positions = self._batch.positions()
+        answers = zip(self._groups, said.laws, said.tokens, strict=True)
+        for (_, group), law_RV, tokens_R in answers:
+            own_RV = target_RV[group.rows_R]
+            found_R = couple(
+                group.turn.sampling.probs(own_RV),
+                law_RV,
+                tokens_R,
+                self._numbers(group.rows, positions, Purpose.ACCEPT, tape),
+                self._numbers(group.rows, positions, Purpose.RESIDUAL, tape),
+            )
+            found_R = group.turn.sampling.settle(found_R, own_RV)
+            drawn_R = drawn_R.index_copy(0, group.rows_R, found_R)
+        return drawn_R

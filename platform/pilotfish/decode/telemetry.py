@@ -1,0 +1,102 @@
+"""What is reported about every token, gathered for all rows at once and fetched in one transfer.
+
+Shapes: R rows, V vocabulary, N numbers per row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pilotfish.decode.batch import Tilt
+from pilotfish.guides.base import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Tilted:
+    """What one guide did to its rows."""
+
+    tilt: Tilt
+    step: Step
+    before_RV: Tensor
+    after_RV: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The numbers of one row."""
+
+    token_id: int
+    logprob: float
+    base_logprob: float
+    kl: float
+    moved_by: str | None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+def read(
+    base_RV: Tensor, guided_RV: Tensor, tokens_R: Tensor, done: Sequence[Tilted]
+) -> list[Reading]:
+    """Return each row's numbers for the token it drew."""
+    picked_R1 = tokens_R[:, None]
+    columns = [tokens_R, guided_RV.gather(1, picked_R1)[:, 0]]
+    if done:
+        columns += [base_RV.gather(1, picked_R1)[:, 0], kl(guided_RV, base_RV)]
+    several = len({one.tilt.guide for one in done}) > 1
+    if several:
+        columns += [_moves(one, picked_R1) for one in done]
+    # Token ids are exact in float64 far beyond any vocabulary.
+    numbers = torch.stack([column.double() for column in columns], dim=1).tolist()
+    notes = _notes(done, len(numbers))
+    names = [one.tilt.guide for one in done]
+    only = None if several else _only(done, len(numbers))
+    readings = []
+    for row, found in enumerate(numbers):
+        token, logprob = int(found[0]), found[1]
+        base_logprob, divergence = (found[2], found[3]) if done else (logprob, 0.0)
+        mover = only[row] if only is not None else _mover(found[4:], names)
+        readings.append(
+            Reading(token, logprob, base_logprob, divergence, mover, notes.get(row, {}))
+        )
+    return readings
+
+
+def kl(guided_RV: Tensor, base_RV: Tensor) -> Tensor:
+    """KL(guided || base) per row, in nats; a forbidden token counts nothing [R]."""
+    # Clamped so that a forbidden token is 0 * finite, not 0 * -inf.
+    terms_RV = torch.sub(guided_RV, base_RV).clamp_min_(-1e30).mul_(guided_RV.exp())
+    return terms_RV.sum(-1).clamp_min(0)
+
+
+def _moves(one: Tilted, picked_R1: Tensor) -> Tensor:
+    """How much a guide changed the log-prob of each row's token; 0 where it does not act."""
+    rows = one.tilt.rows
+    own_R1 = picked_R1 if rows is None else picked_R1[rows]
+    moved_R = (one.after_RV.gather(1, own_R1) - one.before_RV.gather(1, own_R1))[:, 0].abs()
+    if rows is None:
+        return moved_R
+    return moved_R.new_zeros(len(picked_R1)).index_copy(0, rows, moved_R)
+
+
+def _mover(moves: Sequence[float], names: Sequence[str]) -> str | None:
+    most = max(range(len(moves)), key=moves.__getitem__)
+    return names[most] if moves[most] > 0 else None
+
+
+def _only(done: Sequence[Tilted], num_rows: int) -> list[str | None]:
+    """Where one guide acts at all, it is the one."""
+    movers: list[str | None] = [None] * num_rows
+    for one in done:
+        for row in one.tilt.places:
+            movers[row] = one.tilt.guide
+    return movers
+
+
+def _notes(done: Sequence[Tilted], num_rows: int) -> dict[int, dict[str, float]]:
+    notes: dict[int, dict[str, float]] = {}
+    for one in done:
+        for name, values_R in one.step.notes.items():
+            for row, value in zip(one.tilt.places, values_R.tolist(), strict=True):
+                notes.setdefault(row, {})[f"{one.tilt.guide}.{name}"] = value
+    return notes

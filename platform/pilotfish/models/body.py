@@ -55,6 +55,7 @@ class Body:
         config = model.config.get_text_config()
         _check_full_attention(config)
         self.model = model.eval()
+        self.device: torch.device = model.device
         pack_linears(model)
         self.max_length: int = config.max_position_embeddings
         self.num_slots = num_slots
@@ -66,10 +67,6 @@ class Body:
         self._placement = Placement(self._cache)
         self._additive_mask = config._attn_implementation == "eager"
         self._keep_hidden = keep_hidden
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     @property
     def num_shared(self) -> int:
@@ -251,7 +248,12 @@ class Body:
         held_S1 = torch.tensor(held, device=self.device)[:, None]
         # Padding writes behind its row; not further than one column behind the longest.
         columns_SQ = (held_S1 + torch.arange(width, device=self.device)).clamp_(max=end)
-        columns_T = self._cache.begin(first=first, columns_RQ=columns_SQ, longest=end + 1)
+        columns_T = self._cache.begin(
+            first=first,
+            columns_RQ=columns_SQ,
+            longest=end + 1,
+            start=held[0] if len(rows) == 1 else None,
+        )
         mask_SQT = columns_T <= columns_SQ[:, :, None]
         hidden_SQD = self._run(torch.tensor(padded, device=self.device), mask_SQT, columns_SQ)
         for row, ids in zip(rows, new, strict=True):

@@ -69,11 +69,12 @@ class CausalLM:
         self._output_embedding = output_embedding
         self._finish = _logit_rule(config)
         self._said: _Said | None = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._check_head()
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.body.device
 
     @property
     def max_length(self) -> int:
@@ -105,9 +106,29 @@ class CausalLM:
         return law
 
     def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
-        """Run `forward` now and hand out its log-probs when asked: the local `LogprobSource`."""
-        logprobs_RV = self.forward(contexts).logprobs_RV
-        return lambda: logprobs_RV
+        """Start `forward` and hand out its log-probs when asked: the local `LogprobSource`.
+
+        On a CUDA device it runs on a stream of its own, beside whatever is called next.
+        """
+        if self._stream is None:
+            logprobs_RV = self.forward(contexts).logprobs_RV
+            return lambda: logprobs_RV
+        return self._begin_beside(contexts, self._stream)
+
+    def _begin_beside(
+        self, contexts: Sequence[Context], stream: torch.cuda.Stream
+    ) -> Callable[[], Tensor]:
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            logprobs_RV = self.forward(contexts).logprobs_RV
+
+        def wait() -> Tensor:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            logprobs_RV.record_stream(current)  # its memory is not reused before we are done
+            return logprobs_RV
+
+        return wait
 
     @torch.inference_mode()
     def logprobs(self, hidden_RD: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+_MIN_SIZE = 2**17  # below it, calling oneDNN costs more than it saves (measured)
 _ROWS = 32  # oneDNN lays weights out for this many rows; other batch sizes run as fast (measured)
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Give every bias-free float32 CPU linear a forward on weights laid out for oneDNN.
+    """Give every large bias-free float32 CPU linear a forward on weights laid out for oneDNN.
 
     Parameters stay where and what they are, so hashes and saves see the same model; they must not
     change afterwards. On accelerators, in other dtypes and without oneDNN nothing happens.
@@ -17,7 +18,8 @@ def pack_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None:
             weight = module.weight
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+            if on_cpu and weight.numel() >= _MIN_SIZE:
                 module.forward = _PackedForward(weight)
 
 

@@ -28,6 +28,7 @@ class SlotCache:
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._first = self._num_rows = self._num_columns = 0
+        self._start: int | None = None
         self._rows_R1 = torch.empty(0, dtype=torch.long)
         self._columns_RQ = torch.empty(0, dtype=torch.long)
 
@@ -38,11 +39,15 @@ class SlotCache:
         columns = max(self.capacity, _round_up(longest), _ROUND)
         return max(1, min(self.num_slots, self._max_tokens // columns))
 
-    def begin(self, *, first: int, columns_RQ: Tensor, longest: int) -> Tensor:
+    def begin(
+        self, *, first: int, columns_RQ: Tensor, longest: int, start: int | None = None
+    ) -> Tensor:
         """Aim the next forward at slots `first`.. and return the indices of its columns [T].
 
-        `longest` is one more than the largest entry of `columns_RQ`.
+        `longest` is one more than the largest entry of `columns_RQ`. `start` says that there is
+        one row, whose columns are `start`, `start` + 1 and so on.
         """
+        self._start = start
         num_rows, device = columns_RQ.shape[0], columns_RQ.device
         self._first, self._num_rows = first, num_rows
         self._rows_R1 = torch.arange(first, first + num_rows, device=device)[:, None]
@@ -88,7 +93,10 @@ class SlotCache:
             # Allocated on first sight: under tensor parallelism only the layer knows its own heads.
             shape = (self.rows_at(0), new_RHQD.shape[1], self.capacity, new_RHQD.shape[3])
             buffer = buffers[layer] = new_RHQD.new_zeros(shape)
-        buffer[self._rows_R1, :, self._columns_RQ] = new_RHQD.transpose(1, 2)
+        if self._start is not None:
+            buffer[self._first, :, self._start : self._start + new_RHQD.shape[2]] = new_RHQD[0]
+        else:
+            buffer[self._rows_R1, :, self._columns_RQ] = new_RHQD.transpose(1, 2)
         window = slice(self._first, self._first + self._num_rows)
         return buffer[window, :, : self._num_columns]
 

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
+from pilotfish.guides.args_search import ARGSGuide
+from pilotfish.guides.controlled_decoding import ControlledDecodingGuide
 from pilotfish.guides.genarm import GenARMGuide
 from tests.enumerable import (
     Policy,
     Prefix,
     TabularLM,
+    TabularReward,
     World,
     greedy,
     guided,
@@ -85,3 +88,64 @@ def test_the_optimum_maximises_its_objective(world: World) -> None:
 def test_genarm_with_soft_values_is_the_optimum(world: World, beta: float) -> None:
     guide = GenARMGuide(soft_value_lm(world, beta))
     assert_same_law(world.law(guided(guide, world.base, 1.0)), world.optimal_law(beta))
+
+
+@worlds
+@pytest.mark.parametrize("beta", BETAS)
+def test_controlled_decoding_with_the_soft_value_is_the_optimum(world: World, beta: float) -> None:
+    value = TabularReward(lambda prefix: world.soft_value(prefix, beta), horizon=world.horizon)
+    guide = ControlledDecodingGuide(value, num_candidates=None)
+    assert_same_law(world.law(guided(guide, world.base, 1 / beta)), world.optimal_law(beta))
+    assert_same_law(world.law(guided(guide, world.base, 0.0)), world.law(world.base))
+
+
+@worlds
+def test_with_the_mean_value_it_is_not(world: World) -> None:
+    """Expected and soft values agree as beta grows, and only then: the fake tells them apart."""
+    value = TabularReward(
+        lambda prefix: world.expected_reward(world.base, prefix), horizon=world.horizon
+    )
+    guide = ControlledDecodingGuide(value, num_candidates=None)
+
+    def distance(beta: float) -> float:
+        found, best = world.law(guided(guide, world.base, 1 / beta)), world.optimal_law(beta)
+        return sum(abs(found[one] - best[one]) for one in best) / 2
+
+    assert distance(0.5) > 0.02
+    assert distance(1000.0) < 1e-5
+
+
+def contenders(world: World) -> list[Policy]:
+    """Policies of every kind, weak and strong, deterministic ones among them."""
+    value = TabularReward(
+        lambda prefix: world.expected_reward(world.base, prefix), horizon=world.horizon
+    )
+    reward = TabularReward(world.reward, horizon=world.horizon)
+    noise = random_policy(7, vocab_size=world.vocab_size, horizon=world.horizon)
+    found = [noise, greedy(noise), greedy(world.base)]
+    for weight in (-1.0, 0.5, 2.0, 8.0):
+        found += [
+            guided(ControlledDecodingGuide(value, num_candidates=None), world.base, weight),
+            guided(ARGSGuide(reward, num_candidates=2), world.base, weight),
+            guided(ARGSGuide(reward, num_candidates=world.vocab_size), world.base, weight),
+            guided(GenARMGuide(soft_value_lm(world, 0.5)), world.base, weight),
+        ]
+    return found + [greedy(policy) for policy in found[3:]]
+
+
+@worlds
+def test_nobody_earns_more_than_the_optimum_at_the_same_kl(world: World) -> None:
+    shortfalls = [
+        world.best_reward_at_kl(world.kl(policy)) - world.expected_reward(policy)
+        for policy in contenders(world)
+    ]
+    assert min(shortfalls) > -1e-9
+    assert max(shortfalls) > 0.3  # the bound is above some of them by far: it can tell
+
+
+@worlds
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_bound_is_what_the_optimum_earns(world: World, beta: float) -> None:
+    best = world.optimal_policy(beta)
+    bound = world.best_reward_at_kl(world.kl(best))
+    assert world.expected_reward(best) == pytest.approx(bound, abs=1e-9)

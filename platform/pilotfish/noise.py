@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     """What a draw decides; draws for different purposes never share a counter."""
 
     SAMPLE = 0
+    ROLLOUT = 3
 
 
 def request_key(seed: int, prompt_ids: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.controlled_decoding import ControlledDecodingGuide
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
+from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
 
 
@@ -34,6 +35,7 @@ GUIDES: dict[str, type[GuideKind]] = {
     "args": ARGSGuide,
     "controlled_decoding": ControlledDecodingGuide,
     "genarm": GenARMGuide,
+    "transfer_q": TransferQGuide,
 }
 
 

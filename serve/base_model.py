@@ -138,12 +138,14 @@ def load_engine(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Any]
     model = load_frozen(folder, device=device, dtype=config.base.dtype)
     vocab_size = catalog.base.vocab_size
     base = CausalLM(model, vocab_size=vocab_size, num_slots=config.base.num_slots)
+    end_ids = stop_ids(tokenizer, model.generation_config)
     guides: dict[str, TokenGuide] = {}
     for guide, entry in zip(config.guides, catalog.guides, strict=True):
         host = GuideHost(
             base=base,
             tokenizer=tokenizer,
             name=config.base.path,
+            end_ids=end_ids,
             num_slots=config.guide_slots(guide),
             device=device,
             dtype=guide.dtype,
@@ -155,12 +157,7 @@ def load_engine(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Any]
         loaded = load_guide(guide_folder, read_card(guide_folder), host)
         guides[guide.name] = cast("TokenGuide", loaded)
     logger.info("loaded %s with guides: %s", folder, ", ".join(guides) or "none")
-    return Engine(
-        base,
-        guides,
-        end_ids=stop_ids(tokenizer, model.generation_config),
-        tokenizer=tokenizer,
-    )
+    return Engine(base, guides, end_ids=end_ids, tokenizer=tokenizer)
 
 
 async def _take_all(queue: "asyncio.Queue[tuple[Any, ...] | BaseException]") -> list[Any]:

@@ -9,7 +9,7 @@ Shapes: R rows, V vocabulary, K blocks of the vocabulary, N entries of one level
 
 import hashlib
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
 
 
+@unique
 class Purpose(IntEnum):
     """What a draw decides; draws for different purposes never share a counter."""
 
@@ -34,6 +35,8 @@ class Purpose(IntEnum):
     """Whether it is taken."""
     RESIDUAL = 3
     """What is drawn where it is not."""
+    ROLLOUT = 4
+    """A token of a continuation that only values a candidate."""
 
 
 def request_key(seed: int, prompt_ids: Sequence[int]) -> int:

@@ -56,10 +56,12 @@ class Pilot:
         }
         model = load_frozen(base, device=where, dtype=dtype)
         base_lm = CausalLM(model, vocab_size=vocab_size, num_slots=num_slots)
+        end_ids = stop_ids(self.tokenizer, model.generation_config)
         self._host = GuideHost(
             base=base_lm,
             tokenizer=self.tokenizer,
             name=str(base),
+            end_ids=end_ids,
             num_slots=num_slots,
             device=where,
             dtype=dtype,
@@ -71,7 +73,7 @@ class Pilot:
         self.engine = Engine(
             base_lm,
             cast("dict[str, TokenGuide]", loaded),
-            end_ids=stop_ids(self.tokenizer, model.generation_config),
+            end_ids=end_ids,
             tokenizer=self.tokenizer,
         )
         self._num_requests = 0

@@ -5,10 +5,13 @@ from typing import Any, ClassVar, Protocol
 
 from pilotfish.config import Config, parse
 from pilotfish.errors import CheckpointError
+from pilotfish.guides.args_search import ARGSGuide
 from pilotfish.guides.base import ResponseGuide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
+from pilotfish.guides.controlled_decoding import ControlledDecodingGuide
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
+from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
 
 
@@ -29,7 +32,10 @@ class GuideKind(Protocol):
 
 
 GUIDES: dict[str, type[GuideKind]] = {
+    "args": ARGSGuide,
+    "controlled_decoding": ControlledDecodingGuide,
     "genarm": GenARMGuide,
+    "transfer_q": TransferQGuide,
 }
 
 

@@ -21,6 +21,8 @@ class GuideHost:
     tokenizer: PreTrainedTokenizerBase
     name: str = "base"
     """Of the base, for messages."""
+    end_ids: frozenset[int] = frozenset()
+    """What ends a completion of the base."""
     num_slots: int = 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: Dtype = "auto"

@@ -19,7 +19,7 @@ from pilotfish.decode.detokenize import TextStream
 from pilotfish.decode.running import Running
 from pilotfish.decode.sequence import Request, TokenEvent
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides.base import Evidence, Step, TokenGuide
+from pilotfish.guides.base import ChecksPrompts, Evidence, Step, TokenGuide
 from pilotfish.models.causal_lm import CausalLM, NextToken
 
 
@@ -81,6 +81,10 @@ class Engine:
         strange = next((i for i in request.prompt.token_ids if not 0 <= i < size), None)
         if strange is not None:
             raise PromptError(f"prompt token id {strange} is outside the vocabulary of {size}.")
+        for name, weight in request.guides.items():
+            guide = self.guides[name]
+            if weight != 0 and isinstance(guide, ChecksPrompts):
+                guide.check_prompt(request.prompt)
         if request.params.stop and self._tokenizer is None:
             raise ConfigError("stop strings need a tokenizer. Build the engine with one.")
 
@@ -149,11 +153,14 @@ class Engine:
         for tilt, found in zip(batch.tilts, evidence, strict=True):
             guide, rows = self.guides[tilt.guide], tilt.rows
             if rows is None:
-                step = Step(tilt.contexts, tilt.weights_R, law.hidden_RD)
+                step = Step(tilt.contexts, tilt.weights_R, law.hidden_RD, law.logprobs_RV)
                 guided_RV = guide.tilt(guided_RV, step, found)
             else:
-                step = Step(tilt.contexts, tilt.weights_R, law.hidden_RD[rows])
-                tilted_RV = guide.tilt(guided_RV[rows], step, found)
+                incoming_RV = guided_RV[rows]
+                first = guided_RV is law.logprobs_RV
+                base_RV = incoming_RV if first else law.logprobs_RV[rows]
+                step = Step(tilt.contexts, tilt.weights_R, law.hidden_RD[rows], base_RV)
+                tilted_RV = guide.tilt(incoming_RV, step, found)
                 guided_RV = guided_RV.index_copy(0, rows, tilted_RV)
         return guided_RV
 

@@ -20,6 +20,7 @@ from pilotfish.decode.sequence import (
 from pilotfish.errors import ConfigError
 from pilotfish.guides import check_guide, load_guide
 from pilotfish.guides.base import TokenGuide
+from pilotfish.guides.card import WeightUnits, resolve_weights
 from pilotfish.guides.host import GuideHost
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import Dtype, load_frozen, load_tokenizer, pick_device
@@ -89,21 +90,22 @@ class Pilot:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
         guides: Mapping[str, float] | None = None,
         *,
+        weight_units: WeightUnits = "logprob",
         progress: bool = False,
     ) -> list[Completion]:
         """Complete each prompt: messages go through the chat template, text is taken as it is.
 
         `guides` maps names to weights in the order of tilting; `{}` is the base alone, and None is
-        every loaded guide at the weight of its card. Raises `PromptError` before any work if one
-        of the prompts cannot be decoded.
+        every loaded guide at the weight of its card. `weight_units` says what they multiply: see
+        `resolve_weight`. Raises `PromptError` before any work if one of the prompts cannot be
+        decoded.
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts is a string, wanted a list of prompts: [prompt].")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(each)} sampling parameters for {len(prompts)} prompts.")
-        if guides is None:
-            guides = {name: card.weight for name, card in self.cards.items()}
+        guides = resolve_weights(self.cards, guides, weight_units)
         drafts = [
             _Draft(self._request(prompt, own, guides), TextStream(self.tokenizer, own.stop))
             for prompt, own in zip(prompts, each, strict=True)

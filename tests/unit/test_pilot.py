@@ -55,6 +55,23 @@ def test_without_weights_every_guide_has_the_weight_of_its_card(pilot: Pilot) ->
     )
 
 
+def test_weights_in_units_of_reward_are_scaled_by_the_card(folders: dict[str, Path]) -> None:
+    folder = folders["guide"]
+    card = read_card(folder)
+    write_card(folder, card.model_copy(update={"beta_r": 0.25}))
+    try:
+        scaled = Pilot(folders["base"], guides={"helpful": folder})
+    finally:
+        write_card(folder, card)
+    found = scaled.generate([QUESTION], PARAMS, guides={"helpful": 4.0}, weight_units="reward")
+    assert found == scaled.generate([QUESTION], PARAMS, guides={"helpful": 1.0})
+    assert found != scaled.generate([QUESTION], PARAMS, guides={"helpful": 4.0})
+    with pytest.raises(ConfigError, match="no weights are given"):
+        scaled.generate([QUESTION], PARAMS, weight_units="reward")
+    with pytest.raises(PromptError, match="no guide named 'kind'"):
+        scaled.generate([QUESTION], PARAMS, guides={"kind": 1.0}, weight_units="reward")
+
+
 def test_more_prompts_than_slots_keep_their_order_and_their_text(pilot: Pilot) -> None:
     prompts = ["how do i", QUESTION, "soup", "make it", "good luck", "boil", "i make"]
     together = pilot.generate(prompts, PARAMS)

@@ -24,7 +24,7 @@ from pilotfish.decode.sequence import Request, TokenEvent
 from pilotfish.decode.tape import Tape
 from pilotfish.decode.telemetry import Reading, Tilted, read
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides.base import Evidence, Step, TokenGuide
+from pilotfish.guides.base import ChecksPrompts, Evidence, Step, TokenGuide
 from pilotfish.models.causal_lm import CausalLM, NextToken
 from pilotfish.noise import Purpose
 
@@ -119,6 +119,10 @@ class Engine:
             raise PromptError(f"prompt token id {strange} is outside the vocabulary of {size}.")
         if request.params.stop and self._tokenizer is None:
             raise ConfigError("stop strings need a tokenizer. Build the engine with one.")
+        for name, weight in request.guides.items():
+            guide = self.guides[name]
+            if weight != 0 and isinstance(guide, ChecksPrompts):
+                guide.check_prompt(request.prompt)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `PromptError` if it can never be decoded."""

@@ -1,16 +1,19 @@
 """Guides by kind. A new guide is one file here, one line in `GUIDES`, and one training config."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from pilotfish.config import Config, parse
-from pilotfish.errors import CheckpointError
+from pilotfish.errors import CheckpointError, ConfigError
 from pilotfish.guides.args_search import ARGSGuide
 from pilotfish.guides.base import ResponseGuide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.controlled_decoding import ControlledDecodingGuide
+from pilotfish.guides.gate import Gated
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
+from pilotfish.guides.own_template import OwnTemplate
+from pilotfish.guides.proxy_tuning import ProxyTuningGuide
 from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
 
@@ -35,6 +38,7 @@ GUIDES: dict[str, type[GuideKind]] = {
     "args": ARGSGuide,
     "controlled_decoding": ControlledDecodingGuide,
     "genarm": GenARMGuide,
+    "proxy_tuning": ProxyTuningGuide,
     "transfer_q": TransferQGuide,
 }
 
@@ -42,8 +46,9 @@ GUIDES: dict[str, type[GuideKind]] = {
 def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
     """Return a guide's card if it can steer a base with this vocabulary fingerprint.
 
-    Raises `CheckpointError` for a folder that is no guide, of an unknown kind or with settings the
-    kind does not know, and `VocabMismatchError` for a token guide trained for other token ids.
+    Raises `CheckpointError` for a folder that is no guide or of an unknown kind, `ConfigError` for
+    a card whose settings, gate or template the kind cannot honour, and `VocabMismatchError` for a
+    token guide trained for other token ids.
     """
     card = read_card(folder)
     if card.kind not in GUIDES:
@@ -57,13 +62,32 @@ def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
         check_same_vocab(
             base=base, base_vocab=base_vocab, guide=str(folder), guide_vocab=card.vocab
         )
+    else:
+        _refuse_wrappers(folder, card)
     return card
 
 
 def load_guide(
     folder: str | Path, card: GuideCard, host: GuideHost
 ) -> TokenGuide | Selector | ResponseGuide:
-    """Load the guide of a folder whose card was checked."""
+    """Load the guide of a folder whose card was checked, prompted and gated as the card says."""
     kind = GUIDES[card.kind]
     settings = parse(kind.Settings, card.settings, source=f"settings of {folder}")
-    return kind.load(folder, card, settings, host)
+    loaded = kind.load(folder, card, settings, host)
+    if kind.stage is not Stage.TOKEN:
+        _refuse_wrappers(folder, card)
+        return loaded
+    guide = cast(TokenGuide, loaded)
+    if card.template == "own":
+        guide = OwnTemplate(guide, host.load_tokenizer(folder))
+    return guide if card.gate is None else Gated(guide, card.gate)
+
+
+def _refuse_wrappers(folder: str | Path, card: GuideCard) -> None:
+    """A gate and a template of its own mean something for token guides alone."""
+    for name, value, off in (("gate", card.gate, None), ("template", card.template, "base")):
+        if value != off:
+            raise ConfigError(
+                f"{name} is {value!r} in the card of {str(folder)!r}, but a guide of kind "
+                f"{card.kind!r} tilts no tokens. Remove {name} from its guide.json."
+            )

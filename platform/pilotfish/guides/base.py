@@ -10,7 +10,7 @@ rebuilt when missing. It never sees requests, other guides' weights, or HTTP.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -71,6 +71,15 @@ class TokenGuide(Protocol):
 
     def release(self, keys: Sequence[int]) -> None:
         """Sequences that ended; whatever is cached for them may go. A hint, never a need."""
+        ...
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A token guide that cannot answer about every prompt, and says so before any work is done."""
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise `PromptError` for a prompt that the guide cannot read."""
         ...
 
 

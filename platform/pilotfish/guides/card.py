@@ -5,15 +5,19 @@ it was trained, so that loading it against the wrong base is an error and never 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
 
 from pilotfish.config import Config
-from pilotfish.errors import CheckpointError
+from pilotfish.errors import CheckpointError, ConfigError
 
 CARD_NAME = "guide.json"
+
+WeightUnits: TypeAlias = Literal["logprob", "reward"]
+"""What a weight multiplies: the guide's log-prob, or the reward that it was trained to be."""
 
 
 class GuideCard(Config):
@@ -29,7 +33,7 @@ class GuideCard(Config):
     beta_r: float | None = None
     """GenARM's reward scale in training; the reward is `beta_r` times the guide's log-prob."""
     weight: float = 1.0
-    """Weight used when a request names the guide without one."""
+    """Weight on the guide's log-prob, used when a request names the guide without one."""
     template: Literal["base", "own"] = "base"
     """How a token guide is prompted: by the base's token ids, or by the chat template in its own
     folder. Continuation tokens are shared either way."""
@@ -60,3 +64,40 @@ def read_card(folder: str | Path) -> GuideCard:
         return GuideCard.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, ValidationError) as error:
         raise CheckpointError(f"{path} is not a guide card of format 1: {error}") from error
+
+
+def resolve_weight(card: GuideCard, weight: float, units: WeightUnits) -> float:
+    """Return the weight on the guide's log-prob that a weight in `units` means.
+
+    A guide trained with `beta_r` has the reward r = beta_r * log p_guide, so exp(weight * r) is
+    p_guide to the power of weight * beta_r: weights in units of reward compare guides that were
+    trained with different `beta_r`. Raises `ConfigError` for such a weight where the card has none.
+    """
+    if units == "logprob":
+        return weight
+    if units != "reward":
+        raise ConfigError(f"weight_units is {units!r}, wanted 'logprob' or 'reward'.")
+    if card.beta_r is None:
+        raise ConfigError(
+            f"weight_units is 'reward', but the card of this {card.kind} guide has no beta_r, so "
+            "the scale of its reward is unknown. Give its weight in units of its log-prob."
+        )
+    return weight * card.beta_r
+
+
+def resolve_weights(
+    cards: Mapping[str, GuideCard], weights: Mapping[str, float] | None, units: WeightUnits
+) -> dict[str, float]:
+    """Return weights on log-probs by guide name: those given in `units`, or by default the cards'.
+
+    Names without a card pass, for whoever knows all names to refuse. Raises `ConfigError` as
+    `resolve_weight` does, and for units of weights that are not given.
+    """
+    if weights is None:
+        if units != "logprob":
+            raise ConfigError(f"weight_units is {units!r}, but no weights are given. Give guides.")
+        return {name: card.weight for name, card in cards.items()}
+    return {
+        name: resolve_weight(cards[name], weight, units) if name in cards else weight
+        for name, weight in weights.items()
+    }

@@ -33,7 +33,7 @@ class GuideHost:
 
     def load_lm(self, folder: str | Path, *, num_slots: int | None = None) -> CausalLM:
         """Load a causal LM over the base's token ids. Raises `VocabMismatchError` for others."""
-        self._check_vocab(folder)
+        self.load_tokenizer(folder)
         model = load_frozen(folder, device=self.device, dtype=self.dtype)
         lm = CausalLM(model, vocab_size=self.base.vocab_size, num_slots=num_slots or self.num_slots)
         self.lms.append(lm)
@@ -55,7 +55,7 @@ class GuideHost:
 
         Raises `VocabMismatchError` for another vocabulary.
         """
-        self._check_vocab(folder)
+        self.load_tokenizer(folder)
         rewards = RewardModel(
             load_frozen_scorer(folder, device=self.device, dtype=self.dtype),
             pooling=pooling,
@@ -65,13 +65,16 @@ class GuideHost:
         self.lms.append(rewards)
         return rewards
 
-    def _check_vocab(self, folder: str | Path) -> None:
+    def load_tokenizer(self, folder: str | Path) -> PreTrainedTokenizerBase:
+        """Load a tokenizer of the base's token ids. Raises `VocabMismatchError` for others."""
+        tokenizer = load_tokenizer(folder)
         check_same_vocab(
             base=self.name,
             base_vocab=fingerprint(self.tokenizer),
             guide=str(folder),
-            guide_vocab=fingerprint(load_tokenizer(folder)),
+            guide_vocab=fingerprint(tokenizer),
         )
+        return tokenizer
 
 
 def beside(folder: str | Path, path: str) -> str:

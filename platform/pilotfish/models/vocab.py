@@ -28,6 +28,6 @@ def check_same_vocab(*, base: str, base_vocab: str, guide: str, guide_vocab: str
         raise VocabMismatchError(
             f"token guide {guide!r} was trained for vocabulary {guide_vocab}, but base {base!r} "
             f"has {base_vocab}. A token guide must share the base's token ids: train it against "
-            "this base, pick the base named in its guide.json, or use a response guide (such as "
-            "Aligner), which works across vocabularies."
+            "this base, or pick the base named in its guide.json. Guides that work on text go with "
+            "any base: response guides (kind `aligner`) and selection (kind `best_of_n`)."
         )

@@ -195,8 +195,12 @@ class Engine:
         guided_RV, done = law.logprobs_RV, []
         for tilt, (contexts, evidence) in zip(batch.tilts, begun, strict=True):
             rows = tilt.rows
-            own = (guided_RV, law.hidden_RD, law.logprobs_RV)
-            before_RV, hidden_RD, base_RV = own if rows is None else (one[rows] for one in own)
+            if rows is None:
+                before_RV, hidden_RD, base_RV = guided_RV, law.hidden_RD, law.logprobs_RV
+            else:
+                before_RV, hidden_RD = guided_RV[rows], law.hidden_RD[rows]
+                first = guided_RV is law.logprobs_RV
+                base_RV = before_RV if first else law.logprobs_RV[rows]
             step = Step(contexts, tilt.weights_R, hidden_RD, base_RV)
             after_RV = self.guides[tilt.guide].tilt(before_RV, step, evidence)
             done.append(Tilted(tilt, step, before_RV, after_RV))

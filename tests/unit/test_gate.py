@@ -1,5 +1,6 @@
 """Gates: shut they are the base, open they are the guide; in between each row is one of both."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def decode(guides: dict[str, Any], weights: dict[str, float]) -> list[TokenEvent
         engine.submit(request(key, ids, seed=key, **params))
     events = []
     while engine.busy:
-        events += engine.step()
+        events += [replace(event, notes={}) for event in engine.step()]
     return events
 
 

@@ -55,7 +55,10 @@ def read(
     for row, found in enumerate(numbers):
         token, logprob = int(found[0]), found[1]
         base_logprob, divergence = (found[2], found[3]) if done else (logprob, 0.0)
-        mover = only[row] if only is not None else _mover(found[4:], names)
+        if only is None:
+            mover = _mover(found[4:], names)
+        else:
+            mover = only[row] if logprob != base_logprob else None
         readings.append(
             Reading(token, logprob, base_logprob, divergence, mover, notes.get(row, {}))
         )

@@ -84,6 +84,36 @@ def test_the_candidate_that_is_chosen_costs_no_second_forward() -> None:
     torch.testing.assert_close(law, plain_logprobs(model, [3, 1, 4, 9]))
 
 
+def test_candidates_of_a_sequence_that_moved_to_another_slot_are_looked_at_again() -> None:
+    model = tiny_llama(1)
+    lm = CausalLM(model, num_slots=2)
+    first, growing, late = context(1, [3, 1, 4, 1]), context(2, [2, 7]), context(3, [9, 9])
+    lm.candidates([first, growing], torch.tensor([[5, 9], [6, 8]]))
+    lm.release([1])
+    growing.token_ids.append(8)
+    found = lm.logprobs(lm.candidates([growing, late], torch.tensor([[5, 9], [6, 8]])))
+    torch.testing.assert_close(found[0, 0], plain_logprobs(model, [2, 7, 8, 5]))
+
+
+def test_room_is_made_for_several_at_once_and_nobody_left_loses_anything() -> None:
+    model, rng = tiny_llama(1), random.Random(6)
+    lm = CausalLM(model, num_slots=9)
+    texts = {key: ids(rng, rng.randrange(2, 20)) for key in range(40)}
+    lm.forward([context(key, texts[key]) for key in range(9)])
+    for start in range(9, 36, 4):
+        lm.release(rng.sample(range(start), 3))
+        kept = [row.key for row in lm.body._placement.rows if not row.released][:4]
+        asked = [context(key, texts[key]) for key in [*kept, *range(start, start + 4)]]
+        for law, one in zip(lm.forward(asked).logprobs_RV, asked, strict=True):
+            torch.testing.assert_close(law, plain_logprobs(model, one.token_ids))
+        rows = list(lm.body._placement.rows)
+        assert len(rows) == 9
+        for row in rows:  # those that nobody asked about have their keys and values still
+            longer = [*texts[row.key], 3]
+            law = lm.forward([context(row.key, longer)]).logprobs_RV[0]
+            torch.testing.assert_close(law, plain_logprobs(model, longer))
+
+
 def test_a_shared_prefix_is_copied_not_computed_also_after_its_sequence_ended() -> None:
     model = tiny_llama(1)
     lm = CausalLM(model, num_slots=4)

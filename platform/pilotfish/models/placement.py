@@ -102,15 +102,26 @@ class Placement:
             return
         idle = [row for row in self.rows if row.key not in keep]
         idle.sort(key=lambda row: (row.key in spare, not row.released, row.used_at))
-        for row in idle[:excess]:
-            hole = self._index.pop(row.key)
-            last = self.rows.pop()
-            if last is not row:
-                source_R, target_R = torch.tensor([len(self.rows)]), torch.tensor([hole])
-                self._cache.copy(source_R, target_R, len(last.ids))
-                self.rows[hole] = last
-                self._index[last.key] = hole
+        gone = idle[:excess]
+        for row in gone:
+            del self._index[row.key]
             row.ids = []  # whoever meant to copy from it now finds nothing
+        self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        """Drop the rows that are no longer in the index; the last ones move to their slots."""
+        num_left = len(self._index)
+        holes = [at for at in range(num_left) if self.rows[at].key not in self._index]
+        behind = range(num_left, len(self.rows))
+        movers = [at for at in behind if self.rows[at].key in self._index]
+        if movers:
+            length = max(len(self.rows[at].ids) for at in movers)
+            self._cache.copy(torch.tensor(movers), torch.tensor(holes), length)
+        for hole, mover in zip(holes, movers, strict=True):
+            row = self.rows[hole] = self.rows[mover]
+            row.siblings = None  # their columns lie behind what was moved
+            self._index[row.key] = hole
+        del self.rows[num_left:]
 
     def _add(self, new: Sequence[tuple[Context, Row | None]], device: torch.device) -> None:
         sources, targets, longest = [], [], 0

@@ -76,7 +76,7 @@ def measure(batch: int, options: argparse.Namespace) -> Row:
         drafters={"guide": guide},
         end_ids=stop_ids(tokenizer, base.generation_config),
     )
-    draft = Drafting(drafter="guide", num_tokens=options.num_tokens)
+    draft = Drafting(guide="guide", num_tokens=options.num_tokens)
     scenes = world.scenes((options.rounds + 1) * batch * options.lots, seed=9)
     prompts = [render_prompt(tokenizer, scene.messages) for scene in scenes]
     plain, drafted = [], []

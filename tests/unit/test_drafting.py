@@ -103,7 +103,7 @@ def test_drafted_sequences_follow_the_guided_law(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     always_draft(monkeypatch)
-    draft = Drafting(drafter=drafter, num_tokens=num_tokens)
+    draft = Drafting(**{"model" if drafter == "x" else "guide": drafter}, num_tokens=num_tokens)
     counts = sample(weights, temperature, draft)
     assert chi_square(counts, law_of_paths(weights, temperature)) < 4
 
@@ -114,7 +114,7 @@ def test_without_the_residual_law_the_same_test_fails(monkeypatch: pytest.Monkey
 
     always_draft(monkeypatch)
     monkeypatch.setattr("pilotfish.decode.drafting.couple", keep_every_draft)
-    counts = sample({"a": 1.0}, 1.0, Drafting(drafter="a", num_tokens=3))
+    counts = sample({"a": 1.0}, 1.0, Drafting(guide="a", num_tokens=3))
     assert chi_square(counts, law_of_paths({"a": 1.0}, 1.0)) > 20
 
 
@@ -141,13 +141,13 @@ def test_no_coupling_keeps_a_draft_more_often() -> None:
 
 
 MIXED: list[dict[str, Any]] = [
-    {"guides": {"a": 1.0}, "draft": Drafting(drafter="a", num_tokens=4)},
-    {"guides": {"a": 0.5, "b": 1.0}, "draft": Drafting(drafter="a", num_tokens=2)},
-    {"guides": {"b": 1.0}, "draft": Drafting(drafter="x", num_tokens=3)},
+    {"guides": {"a": 1.0}, "draft": Drafting(guide="a", num_tokens=4)},
+    {"guides": {"a": 0.5, "b": 1.0}, "draft": Drafting(guide="a", num_tokens=2)},
+    {"guides": {"b": 1.0}, "draft": Drafting(model="x", num_tokens=3)},
     {"guides": {"a": 1.0}},
     {},
-    {"draft": Drafting(drafter="x", num_tokens=1), "temperature": 0.0},
-    {"guides": {"a": 1.0}, "draft": Drafting(drafter="a"), "top_p": 0.9, "temperature": 0.8},
+    {"draft": Drafting(model="x", num_tokens=1), "temperature": 0.0},
+    {"guides": {"a": 1.0}, "draft": Drafting(guide="a"), "top_p": 0.9, "temperature": 0.8},
 ]
 
 
@@ -180,13 +180,13 @@ def test_greedy_drafted_text_is_the_greedy_text() -> None:
         engine.submit(request(1, [1, 2], guides={"a": 1.0}, temperature=0.0, draft=draft))
         return [event.token_id for event in drain(engine)[1]]
 
-    assert text(Drafting(drafter="a")) == text(None)
+    assert text(Drafting(guide="a")) == text(None)
 
 
 def test_a_drafter_that_says_what_the_base_would_is_always_kept() -> None:
     base = MODELS["base"]
     engine = Engine(CausalLM(base), drafters={"same": CausalLM(base)})
-    draft = Drafting(drafter="same", num_tokens=4)
+    draft = Drafting(model="same", num_tokens=4)
     engine.submit(request(1, [1, 2], max_tokens=20, draft=draft))
     events = drain(engine)[1]
     assert engine.draft_stats.num_accepted == engine.draft_stats.num_drafted
@@ -196,7 +196,7 @@ def test_a_drafter_that_says_what_the_base_would_is_always_kept() -> None:
 def test_the_guide_that_drafts_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     always_draft(monkeypatch)
     engine = new_engine()
-    draft = Drafting(drafter="a", num_tokens=3)
+    draft = Drafting(guide="a", num_tokens=3)
     engine.submit(request(1, [1, 2], guides={"a": 1.0}, max_tokens=12, draft=draft))
     drain(engine)
     stats = engine.draft_stats
@@ -206,9 +206,15 @@ def test_the_guide_that_drafts_is_not_computed_twice(monkeypatch: pytest.MonkeyP
 
 def test_an_unknown_drafter_is_refused_with_the_known_ones() -> None:
     with pytest.raises(PromptError, match="nothing named 'b' can draft here; drafters: a, x"):
-        new_engine().submit(request(1, [1], draft=Drafting(drafter="b")))
+        new_engine().submit(request(1, [1], draft=Drafting(guide="b")))
+
+
+@pytest.mark.parametrize("drafters", [{}, {"guide": "a", "model": "x"}])
+def test_a_draft_names_one_drafter(drafters: dict[str, str]) -> None:
+    with pytest.raises(PromptError, match="wanted one of them"):
+        Drafting(**drafters)
 
 
 def test_drafts_of_zero_tokens_are_refused() -> None:
     with pytest.raises(PromptError, match=r"num_tokens is 0, wanted an integer in 1\.\.16"):
-        Drafting(drafter="a", num_tokens=0)
+        Drafting(guide="a", num_tokens=0)

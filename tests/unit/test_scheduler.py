@@ -38,7 +38,7 @@ def jobs() -> list[Request]:
             key,
             [rng.randrange(16) for _ in range(rng.randrange(1, 40))],
             guides={"g": 1.0} if key % 2 else {},
-            draft=Drafting(drafter="g", num_tokens=2) if key % 3 == 0 else None,
+            draft=Drafting(guide="g", num_tokens=2) if key % 3 == 0 else None,
             max_tokens=rng.randrange(20, 120),
             seed=key,
         )

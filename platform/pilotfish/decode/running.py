@@ -47,11 +47,12 @@ class Running:
     def draft_power(self) -> float:
         """The power of the drafter's law that comes closest to the guided law.
 
-        If base and guide agreed, `p_base * p_guide^w` would be `p_guide^(1 + w)`; a drafter that is
-        no guide of this request stands for the guided law as it is.
+        If base and guide agreed, `p_base * p_guide^w` would be `p_guide^(1 + w)`; a drafter that
+        does not steer this request stands for the guided law as it is.
         """
-        assert self.request.draft is not None
-        return 1 + max(0.0, self.request.guides.get(self.request.draft.drafter, 0.0))
+        draft = self.request.draft
+        assert draft is not None
+        return 1 + max(0.0, self.request.guides.get(draft.guide or "", 0.0))
 
     @property
     def num_left(self) -> int:

@@ -55,12 +55,22 @@ class Drafting:
     drafting does not pay the engine drafts less, down to nothing, and the text is the same.
     """
 
-    drafter: str
-    """Name of a drafter of the engine; a guide's own LM goes by the guide's name."""
+    guide: str | None = None
+    """A GenARM guide, whose LM drafts from `p_guide^(1 + w)`; `w` is its weight in the request."""
+    model: str | None = None
+    """Any small LM over the base's token ids: a folder or a hub id."""
     num_tokens: int = 4
     """The most tokens proposed at a time."""
 
+    @property
+    def drafter(self) -> str:
+        return self.guide or self.model or ""
+
     def __post_init__(self) -> None:
+        if (self.guide is None) == (self.model is None):
+            raise PromptError(
+                f"draft names guide {self.guide!r} and model {self.model!r}, wanted one of them."
+            )
         if not 1 <= self.num_tokens <= 16:
             raise PromptError(f"num_tokens is {self.num_tokens}, wanted an integer in 1..16.")
 

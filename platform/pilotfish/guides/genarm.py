@@ -32,7 +32,7 @@ class GenARMGuide:
     needs_hidden = False
 
     def __init__(self, source: LogprobSource) -> None:
-        self._source = source
+        self.source = source
 
     @classmethod
     def load(
@@ -41,7 +41,7 @@ class GenARMGuide:
         return cls(host.load_source(folder))
 
     def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
-        return self._source.begin(contexts)
+        return self.source.begin(contexts)
 
     def tilt(self, logprobs_RV: Tensor, step: Step, evidence: Callable[[], Tensor]) -> Tensor:
         guide_RV = evidence().to(logprobs_RV.dtype)
@@ -51,4 +51,4 @@ class GenARMGuide:
         return guide_RV.log_softmax(-1)
 
     def release(self, keys: Sequence[int]) -> None:
-        self._source.release(keys)
+        self.source.release(keys)

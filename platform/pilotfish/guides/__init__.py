@@ -9,6 +9,7 @@ from pilotfish.guides.base import ResponseGuide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
+from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.models.vocab import check_same_vocab
 
 
@@ -30,6 +31,7 @@ class GuideKind(Protocol):
 
 GUIDES: dict[str, type[GuideKind]] = {
     "genarm": GenARMGuide,
+    "proxy": ProxyGuide,
 }
 
 

@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.sequence import Drafting, Request, SamplingParams
+from pilotfish.guides.proxy_features import ProxySettings
+from pilotfish.models.heads import AcceptHead
 
 
 def tiny_config(vocab_size: int = 16, **overrides: Any) -> LlamaConfig:
@@ -53,6 +55,19 @@ def tiny_reward_model(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def random_head(
+    seed: int, settings: ProxySettings, *, dtype: torch.dtype = torch.float64
+) -> AcceptHead:
+    """A random proxy for a tiny model, whose accept probabilities spread over all of (0, 1)."""
+    torch.manual_seed(seed)
+    sizes, num_extra = ([32], 1) if settings.features == "post_token" else ([32, 32], 2)
+    head = AcceptHead(settings.head, block_sizes=sizes, num_extra=num_extra).to(dtype)
+    last = head.layers[-1]
+    assert isinstance(last, torch.nn.Linear)
+    torch.nn.init.normal_(last.weight)
+    return head
 
 
 def context(key: int, token_ids: list[int]) -> Context:

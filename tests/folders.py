@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pilotfish.data.bpe import train_byte_bpe
 from pilotfish.guides.card import GuideCard, write_card
+from pilotfish.guides.proxy_features import ProxySettings
+from pilotfish.models.heads import save_accept_head
 from pilotfish.models.vocab import fingerprint
-from tests.fakes import tiny_llama, tiny_reward_model
+from tests.fakes import random_head, tiny_llama, tiny_reward_model
 
 MAX_LENGTH = 1024
 
@@ -37,6 +39,27 @@ def save_base(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_proxy(
+    folder: Path,
+    *,
+    seed: int = 1,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **settings: Any,
+) -> Path:
+    """Save a random proxy guide, for a base of `save_base` with the same tokenizer."""
+    proxy = ProxySettings(**{"head": {"hidden": [24], "activation": "tanh"}, **settings})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_accept_head(folder, random_head(seed, proxy, dtype=torch.float32))
+    card = GuideCard(
+        kind="proxy",
+        base="base",
+        vocab=fingerprint(tokenizer or byte_tokenizer()),
+        settings=proxy.model_dump(mode="json"),
+    )
+    write_card(folder, card)
     return folder
 
 

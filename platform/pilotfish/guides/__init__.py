@@ -13,6 +13,7 @@ from pilotfish.guides.gate import Gated
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
 from pilotfish.guides.own_template import OwnTemplate
+from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.guides.proxy_tuning import ProxyTuningGuide
 from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
@@ -40,6 +41,7 @@ GUIDES: dict[str, type[GuideKind]] = {
     "genarm": GenARMGuide,
     "proxy_tuning": ProxyTuningGuide,
     "transfer_q": TransferQGuide,
+    "proxy": ProxyGuide,
 }
 
 

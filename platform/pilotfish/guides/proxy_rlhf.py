@@ -97,6 +97,8 @@ class ProxyGuide:
             num_extra=num_extra,
             device=host.device,
         )
+        if host.dtype != "auto":
+            head = head.to(getattr(torch, host.dtype))
         return cls(host.base, head, settings)
 
     def begin(self, contexts: Sequence[Context]) -> None:

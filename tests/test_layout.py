@@ -24,7 +24,7 @@ LAYERS = (
     ("models", "data", "world"),
     ("guides",),
     ("decode", "train"),
-    ("evaluation", "pilot"),
+    ("evaluation", "hf", "pilot"),
     ("__init__",),
 )
 # Heavy libraries that the core must do without when it is imported.

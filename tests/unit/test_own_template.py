@@ -170,9 +170,11 @@ def test_a_guide_without_a_template_or_with_the_bases_eyes_is_refused() -> None:
     bare = type(WORDS)(tokenizer_object=WORDS.backend_tokenizer)
     with pytest.raises(ConfigError, match="needs a chat template"):
         OwnTemplate(guide, bare)
-    guide.needs_hidden = True
-    with pytest.raises(ConfigError, match="prompted as the base is"):
-        OwnTemplate(guide, OWN)
+    for attribute in ("needs_hidden", "reads_base"):
+        guide = GenARMGuide(CausalLM(GUIDE))
+        setattr(guide, attribute, True)
+        with pytest.raises(ConfigError, match="prompted as the base is"):
+            OwnTemplate(guide, OWN)
 
 
 class Chooser:

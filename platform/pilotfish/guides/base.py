@@ -83,6 +83,18 @@ class ChecksPrompts(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsBase(Protocol):
+    """A token guide that says whether it asks the base itself, about candidates for instance."""
+
+    reads_base: bool
+
+
+def reads_base(guide: TokenGuide) -> bool:
+    """Whether a guide needs the base as our engine runs it, and not its law alone."""
+    return guide.needs_hidden or (isinstance(guide, ReadsBase) and guide.reads_base)
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """One answer to a prompt, before anything selects or revises it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pilotfish.context import Context, Prompt
 from pilotfish.errors import ConfigError
-from pilotfish.guides.base import ChecksPrompts, Step, TokenGuide
+from pilotfish.guides.base import ChecksPrompts, Step, TokenGuide, reads_base
 
 
 class Gated:
@@ -28,6 +28,7 @@ class Gated:
         if math.isnan(threshold) or threshold < 0:
             raise ConfigError(f"gate is {threshold}, wanted a number of nats >= 0.")
         self.needs_hidden = guide.needs_hidden
+        self.reads_base = reads_base(guide)
         self.num_rows = 0
         """Rows seen so far."""
         self.num_open = 0

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pilotfish.chat import Message, render_prompt
 from pilotfish.context import Context, Prompt
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides.base import Evidence, Step, TokenGuide
+from pilotfish.guides.base import Evidence, Step, TokenGuide, reads_base
 
 _NUM_CACHED = 4096  # prompts; sequences that are never released must not pile up
 
@@ -24,17 +24,17 @@ class OwnTemplate:
     def __init__(self, guide: TokenGuide, tokenizer: PreTrainedTokenizerBase) -> None:
         """`tokenizer` shares the base's token ids, and brings the template.
 
-        Raises `ConfigError` without a template, or for a guide that reads the base's own states.
+        Raises `ConfigError` without a template, or for a guide that asks the base itself.
         """
         if tokenizer.chat_template is None:
             raise ConfigError(
                 "a guide with template 'own' needs a chat template in its folder's tokenizer, "
                 "which has none. Save one there, or set template to 'base' in its guide.json."
             )
-        if guide.needs_hidden:
+        if reads_base(guide):
             raise ConfigError(
-                "a guide that reads the base's hidden states is prompted as the base is. Set "
-                "template to 'base' in its guide.json."
+                "a guide that reads the base's hidden states or asks it about candidates is "
+                "prompted as the base is. Set template to 'base' in its guide.json."
             )
         self.needs_hidden = False
         self._guide = guide

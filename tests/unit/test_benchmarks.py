@@ -1,28 +1,79 @@
 """The benchmark scripts run, on models small enough for a test, and report what they promise."""
 
 import json
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from benchmarks import decode
+from benchmarks import decode, drafting, methods, rollouts
+from pilotfish.world.tokenizer import build_tokenizer
+from tests.folders import save_base, save_guide
 
 
-def test_the_decode_benchmark_reports_every_batch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 16}
+    for module in (decode, methods):
+        monkeypatch.setattr(module, "VOCAB", 300)
+        monkeypatch.setattr(module, "BASE", tiny)
+        monkeypatch.setattr(module, "GUIDE", tiny)
+
+
+def test_the_decode_benchmark_reports_every_method_at_every_batch(
+    small: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = decode.random_llama
-
-    def small(**sizes: Any) -> Any:
-        tiny = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 16}
-        return real(**{**sizes, **tiny})
-
-    monkeypatch.setattr(decode, "random_llama", small)
     decode.main(["--json", "--batches", "1", "3", "--tokens", "8", "--rounds", "1"])
-    report = json.loads(capsys.readouterr().out)
-    assert [row["batch"] for row in report["rows"]] == [1, 3]
-    for row in report["rows"]:
-        assert row["base_over_generate"] > 0
-        assert row["guided_over_base"] > 0
-        expected = row["base_tokens_per_second"] / row["generate_tokens_per_second"]
-        assert row["base_over_generate"] == pytest.approx(expected)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    names = {row["method"] for row in rows}
+    assert [row["batch"] for row in rows] == sorted([1, 3] * len(names))
+    cost = {
+        row["method"]: (row["base_forwards_per_token"], row["guide_forwards_per_token"])
+        for row in rows
+    }
+    assert cost["base"] == (1, 0)
+    assert cost["GenARM"] == (1, 1)
+    assert cost["2 x GenARM"] == cost["proxy-tuning"] == (1, 2)
+    assert cost["GenARM, gate closed"] == (1, 0)
+    assert cost["ARGS, k=10"] == (1, 10)
+    assert cost["proxy pre_token, k=4"] == (1, 0)
+    assert {row["over_base"] for row in rows if row["method"] == "base"} == {1}
+
+
+def test_the_chosen_candidate_of_a_proxy_is_computed_once(
+    small: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode.main(["--json", "--batches", "2", "--tokens", "8", "--rounds", "1"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    proxy = next(row for row in rows if row["method"] == "proxy post_token, k=4")
+    # The first token's law takes a forward of its own; every other one is that of a candidate.
+    assert proxy["base_forwards_per_token"] == pytest.approx(4 + 1 / decode.SHORT)
+
+
+def test_ratios_need_the_base(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        decode.main(["--methods", "GenARM"])
+    assert "ratios are to it" in capsys.readouterr().err
+
+
+def test_the_drafting_benchmark_reports_speed_and_acceptance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer()
+    base = save_base(tmp_path / "base", tokenizer=tokenizer)
+    guide = save_guide(tmp_path / "guide", tokenizer=tokenizer)
+    drafting.main(f"--base {base} --guide {guide} --json --batches 2 --rounds 1 --lots 1".split())
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert 1 <= row["acceptance_length"] <= 5
+    assert row["speed_up"] > 0
+
+
+def test_the_rollout_benchmark_compares_equal_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer()
+    base = save_base(tmp_path / "base", tokenizer=tokenizer)
+    rollout = save_base(tmp_path / "rollout", seed=1, tokenizer=tokenizer)
+    rollouts.main(
+        f"--base {base} --rollout {rollout} --prompts 2 --tokens 3 --candidates 3".split()
+    )
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 6

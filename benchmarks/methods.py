@@ -59,7 +59,6 @@ def config(*, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> 
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         initializer_range=0.08,
-        num_labels=1,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -73,7 +72,9 @@ def random_lm(sizes: Mapping[str, int], seed: int) -> LlamaForCausalLM:
 
 def random_scorer(sizes: Mapping[str, int], seed: int) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(config(**sizes)).eval().requires_grad_(False)
+    one_label = config(**sizes)
+    one_label.num_labels = 1
+    return LlamaForSequenceClassification(one_label).eval().requires_grad_(False)
 
 
 def build(base: LlamaForCausalLM, guide_sizes: Mapping[str, int], *, batch: int) -> Bench:

@@ -210,7 +210,7 @@ def test_an_unknown_drafter_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("drafters", [{}, {"guide": "a", "model": "x"}])
-def test_a_draft_names_one_drafter(drafters: dict[str, str]) -> None:
+def test_a_draft_names_one_drafter(drafters: dict[str, Any]) -> None:
     with pytest.raises(PromptError, match="wanted one of them"):
         Drafting(**drafters)
 

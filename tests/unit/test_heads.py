@@ -1,4 +1,4 @@
-"""The proxy's network: its size, its blocks, and its folder."""
+"""The proxy's network: its size, its blocks, its features, and its folder."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pilotfish.errors import CheckpointError
-from pilotfish.guides.proxy_features import ProxySettings
+from pilotfish.guides.proxy_features import ProxySettings, post_token_features
 from pilotfish.models.heads import AcceptHead, HeadSettings, load_accept_head, save_accept_head
 from tests.fakes import random_head
 
@@ -47,3 +47,13 @@ def test_blocks_are_normed_each_by_itself_and_extra_numbers_are_left_alone() -> 
     scaled = torch.cat([7 * state + 3, 1000 * embedded, extra], dim=-1)
     torch.testing.assert_close(head(scaled), logits, rtol=1e-3, atol=1e-3)
     assert (head(torch.cat([state, embedded, 7 * extra], dim=-1)) - logits).abs().min() > 1e-3
+
+
+def test_features_of_a_half_precision_base_keep_the_digits_of_the_log_prob() -> None:
+    hidden_RKD = torch.ones(1, 2, 4, dtype=torch.bfloat16)
+    logprobs_RK = torch.tensor([[0.501, 0.499]], dtype=torch.float64).log()
+    features_RKF = post_token_features(hidden_RKD, logprobs_RK)
+    assert features_RKF.dtype is torch.float32
+    torch.testing.assert_close(features_RKF[..., -1].double(), logprobs_RK, rtol=1e-6, atol=0)
+    unlikely = post_token_features(hidden_RKD, torch.tensor([[0.0, -torch.inf]]))
+    assert unlikely.isfinite().all()

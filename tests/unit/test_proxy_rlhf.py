@@ -16,8 +16,9 @@ from pilotfish.decode.engine import Engine
 from pilotfish.errors import ConfigError
 from pilotfish.guides import check_guide
 from pilotfish.guides.base import Step
+from pilotfish.guides.card import read_card, write_card
 from pilotfish.guides.genarm import GenARMGuide
-from pilotfish.guides.proxy_features import ProxySettings, post_token_features
+from pilotfish.guides.proxy_features import ProxySettings
 from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.vocab import fingerprint
@@ -294,16 +295,6 @@ def test_a_trainer_gets_gradients_of_the_head_alone_and_can_ask_it_again(feature
     torch.testing.assert_close(guided_RV.gather(1, ids_RK).exp(), law_RK.detach())
 
 
-def test_features_of_a_half_precision_base_keep_the_digits_of_the_log_prob() -> None:
-    hidden_RKD = torch.ones(1, 2, 4, dtype=torch.bfloat16)
-    logprobs_RK = torch.tensor([[0.501, 0.499]], dtype=torch.float64).log()
-    features_RKF = post_token_features(hidden_RKD, logprobs_RK)
-    assert features_RKF.dtype is torch.float32
-    torch.testing.assert_close(features_RKF[..., -1].double(), logprobs_RK, rtol=1e-6, atol=0)
-    unlikely = post_token_features(hidden_RKD, torch.tensor([[0.0, -torch.inf]]))
-    assert unlikely.isfinite().all()
-
-
 @pytest.mark.parametrize("features", ["post_token", "pre_token"])
 def test_a_pilot_decodes_with_a_proxy_folder(tmp_path: Path, features: str) -> None:
     base = save_base(tmp_path / "base")
@@ -318,6 +309,13 @@ def test_a_pilot_decodes_with_a_proxy_folder(tmp_path: Path, features: str) -> N
     assert all(min(done.kl) >= 0 and max(done.kl) > 0 for done in together)
     plain = pilot.generate(prompts, params, guides={})
     assert [done.token_ids for done in plain] != [done.token_ids for done in together]
+
+
+def test_a_proxy_is_prompted_as_the_base_whose_states_it_reads(tmp_path: Path) -> None:
+    base, proxy = save_base(tmp_path / "base"), save_proxy(tmp_path / "proxy")
+    write_card(proxy, read_card(proxy).model_copy(update={"template": "own"}))
+    with pytest.raises(ConfigError, match="Set template to 'base'"):
+        Pilot(base, guides={"p": proxy}, device="cpu")
 
 
 def test_settings_that_cannot_be_honoured_are_refused_before_anything_is_loaded(

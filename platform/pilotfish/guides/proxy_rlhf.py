@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pilotfish.config import Config
 from pilotfish.context import Context
+from pilotfish.errors import ConfigError
 from pilotfish.guides.acceptance import AcceptLaw, accept_law
 from pilotfish.guides.base import Stage, Step
 from pilotfish.guides.card import GuideCard
@@ -89,6 +90,11 @@ class ProxyGuide:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: ProxySettings, host: GuideHost
     ) -> "ProxyGuide":
+        if card.template != "base":
+            raise ConfigError(
+                f"template is {card.template!r} in the card of {str(folder)!r}, but a proxy reads "
+                "the base's own states. Set template to 'base' in its guide.json."
+            )
         block_sizes, num_extra = feature_sizes(settings.features, host.base)
         head = load_accept_head(
             folder,

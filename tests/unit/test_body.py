@@ -137,9 +137,12 @@ def plain_reward(model: LlamaForSequenceClassification, one: Context, pooling: s
 
 
 @pytest.mark.parametrize("pooling", ["last", "pooled"])
-def test_rewards_of_texts_and_candidates_equal_those_of_fresh_forwards(pooling) -> None:
+@pytest.mark.parametrize("num_slots", [2, 3])
+def test_rewards_of_texts_and_candidates_equal_those_of_fresh_forwards(pooling, num_slots) -> None:
     model, rng = tiny_reward_model(3), random.Random(5)
-    rewards = RewardModel(model, pooling=pooling, pool_length=7, num_slots=3, prefill_chunk=4)
+    rewards = RewardModel(
+        model, pooling=pooling, pool_length=7, num_slots=num_slots, prefill_chunk=4
+    )
     contexts = [Context(key, Prompt(p := ids(rng, 2 + key)), list(p)) for key in range(3)]
     for _ in range(8):
         picks = torch.tensor([rng.sample(range(16), 3) for _ in contexts])

@@ -50,16 +50,17 @@ class RewardModel:
         self._pool_length = pool_length if pooling == "pooled" else None
 
     @property
+    def max_length(self) -> int:
+        return self.body.max_length
+
+    @property
     def num_forwards(self) -> int:
         return self.body.num_forwards
 
     @torch.inference_mode()
     def rewards(self, contexts: Sequence[Context]) -> Tensor:
         """Return the reward of each context as it stands [R]."""
-        hidden_RD = self.body.hidden(contexts)
-        if self._pool_length is not None:
-            hidden_RD = self.body.prefix_sum(contexts) / self._pool_length
-        return self._read(hidden_RD)
+        return torch.cat([self._rewards(contexts[part]) for part in self._parts(contexts)])
 
     @torch.inference_mode()
     def candidate_rewards(self, contexts: Sequence[Context], candidates_RK: Tensor) -> Tensor:
@@ -67,11 +68,30 @@ class RewardModel:
 
         One forward over all candidates; what is cached about the contexts does not change.
         """
+        return torch.cat(
+            [
+                self._candidate_rewards(contexts[part], candidates_RK[part])
+                for part in self._parts(contexts)
+            ]
+        )
+
+    def _rewards(self, contexts: Sequence[Context]) -> Tensor:
+        hidden_RD = self.body.hidden(contexts)
+        if self._pool_length is not None:
+            hidden_RD = self.body.prefix_sum(contexts) / self._pool_length
+        return self._read(hidden_RD)
+
+    def _candidate_rewards(self, contexts: Sequence[Context], candidates_RK: Tensor) -> Tensor:
         hidden_RKD = self.body.candidates(contexts, candidates_RK)
         if self._pool_length is not None:
             before_R1D = self.body.prefix_sum(contexts)[:, None]
             hidden_RKD = (before_R1D + hidden_RKD) / self._pool_length
         return self._read(hidden_RKD)
+
+    def _parts(self, contexts: Sequence[Context]) -> list[slice]:
+        """As many contexts at a time as there are slots: a sum needs all of them in one."""
+        limit = self.body.num_slots
+        return [slice(at, at + limit) for at in range(0, len(contexts), limit)]
 
     def release(self, keys: Sequence[int]) -> None:
         """Sequences that ended: their slots may be taken."""

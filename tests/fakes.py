@@ -78,3 +78,10 @@ def plain_logprobs(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tenso
     """The next-token law without cache or batch: the reference everything is compared with."""
     logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits
     return logits[0, -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def plain_reward(model: LlamaForSequenceClassification, token_ids: list[int]) -> float:
+    """The reward at the last token, without cache or batch."""
+    hidden = model.model(input_ids=torch.tensor([token_ids]), use_cache=False).last_hidden_state
+    return model.score(hidden[0, -1]).item()

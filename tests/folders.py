@@ -1,7 +1,9 @@
 """Model and guide folders on disk, as jobs would have written them: random, and tiny."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pilotfish.data.bpe import train_byte_bpe
 from pilotfish.guides.card import GuideCard, write_card
 from pilotfish.models.vocab import fingerprint
-from tests.fakes import tiny_llama
+from tests.fakes import tiny_llama, tiny_reward_model
 
 MAX_LENGTH = 1024
 
@@ -39,6 +41,24 @@ def save_base(
     return folder
 
 
+def save_aligner(
+    folder: Path,
+    *,
+    seed: int = 3,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weight: float = 1.0,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a random Aligner: an LM with a tokenizer of its own, for any base.
+
+    Without `settings` it has the paper's template.
+    """
+    tokenizer = tokenizer or byte_tokenizer()
+    save_base(folder, seed=seed, tokenizer=tokenizer)
+    settings = {"template": "paper"} if settings is None else settings
+    return save_card(folder, kind="aligner", tokenizer=tokenizer, weight=weight, **settings)
+
+
 def save_guide(
     folder: Path,
     *,
@@ -52,4 +72,52 @@ def save_guide(
     save_base(folder, seed=seed, tokenizer=tokenizer)
     card = GuideCard(kind=kind, base="base", vocab=fingerprint(tokenizer), weight=weight)
     write_card(folder, card)
+    return folder
+
+
+def save_reward_model(
+    folder: Path, *, seed: int = 2, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
+    """Save a random reward or value model with its tokenizer; return the folder."""
+    tokenizer = tokenizer or byte_tokenizer()
+    model = tiny_reward_model(
+        seed,
+        vocab_size=len(tokenizer),
+        dtype=torch.float32,
+        max_position_embeddings=MAX_LENGTH,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_reward_guide(
+    folder: Path,
+    *,
+    kind: str = "args",
+    seed: int = 2,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weight: float = 1.0,
+    **settings: Any,
+) -> Path:
+    """Save a guide that is a random reward model itself: `args`, or `controlled_decoding`."""
+    tokenizer = tokenizer or byte_tokenizer()
+    save_reward_model(folder, seed=seed, tokenizer=tokenizer)
+    return save_card(folder, kind=kind, tokenizer=tokenizer, weight=weight, **settings)
+
+
+def save_card(
+    folder: Path,
+    *,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weight: float = 1.0,
+    **settings: Any,
+) -> Path:
+    """Save a guide's card alone: for kinds whose models lie elsewhere, as `settings` say."""
+    folder.mkdir(exist_ok=True)
+    vocab = fingerprint(tokenizer or byte_tokenizer())
+    write_card(
+        folder, GuideCard(kind=kind, base="base", vocab=vocab, weight=weight, settings=settings)
+    )
     return folder

@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     """What a draw decides; draws for different purposes never share a counter."""
 
     SAMPLE = 0
+    SELECT = 5
+    """Which of several drafts goes on."""
 
 
 def request_key(seed: int, prompt_ids: Sequence[int]) -> int:
@@ -37,6 +39,18 @@ def request_key(seed: int, prompt_ids: Sequence[int]) -> int:
     """
     digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
     digest.update(np.asarray(prompt_ids, dtype="<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def draft_seed(seed: int, number: int) -> int:
+    """Return the seed of a request's draft; draft 0 has the request's own.
+
+    It does not depend on how many drafts there are, so more drafts only add to fewer.
+    """
+    if number == 0:
+        return seed
+    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8, person=b"draft")
+    digest.update(number.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -78,7 +78,11 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A finished completion. The lists hold one entry per token id."""
+    """A finished completion. The lists hold one entry per token id.
+
+    Where response guides revised it, `text` and `finish_reason` are those of the last revision,
+    and everything per token is still about the draft.
+    """
 
     text: str
     token_ids: list[int]
@@ -86,3 +90,7 @@ class Completion:
     base_logprobs: list[float]
     kl: list[float]
     finish_reason: FinishReason
+    draft_text: str | None = None
+    """The text before the first revision; None if nothing revised it."""
+    revised_by: tuple[str, ...] = ()
+    """Names of the response guides that revised it, in order."""

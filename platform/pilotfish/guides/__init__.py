@@ -5,31 +5,31 @@ from typing import Any, ClassVar, Protocol
 
 from pilotfish.config import Config, parse
 from pilotfish.errors import CheckpointError
-from pilotfish.guides.base import ResponseGuide, Selector, Stage, TokenGuide
+from pilotfish.guides.aligner import AlignerGuide
+from pilotfish.guides.base import Guide, Stage, Staged
+from pilotfish.guides.best_of_n import BestOfN, BlockwiseCD
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
 from pilotfish.models.vocab import check_same_vocab
 
 
-class GuideKind(Protocol):
+class GuideKind(Staged, Protocol):
     """What the classes in `GUIDES` have in common: how they are configured and loaded."""
 
-    stage: ClassVar[Stage]
-    takes_weight: ClassVar[bool]
-    """Whether weights other than 0 (off) and 1 (on) mean something."""
     Settings: ClassVar[type[Config]]
 
     @classmethod
-    def load(
-        cls, folder: str | Path, card: GuideCard, settings: Any, host: GuideHost
-    ) -> TokenGuide | Selector | ResponseGuide:
+    def load(cls, folder: str | Path, card: GuideCard, settings: Any, host: GuideHost) -> Guide:
         """Load the guide. `settings` is the card's, as an instance of `Settings`."""
         ...
 
 
 GUIDES: dict[str, type[GuideKind]] = {
     "genarm": GenARMGuide,
+    "best_of_n": BestOfN,
+    "blockwise": BlockwiseCD,
+    "aligner": AlignerGuide,
 }
 
 
@@ -43,7 +43,7 @@ def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
     if card.kind not in GUIDES:
         raise CheckpointError(
             f"{str(folder)!r} holds a guide of kind {card.kind!r}; this version knows "
-            f"{', '.join(sorted(GUIDES))}. Upgrade pilotfish, or pick another guide."
+            f"{', '.join(GUIDES)}. Upgrade pilotfish, or pick another guide."
         )
     kind = GUIDES[card.kind]
     parse(kind.Settings, card.settings, source=f"settings of {folder}")
@@ -54,9 +54,7 @@ def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
     return card
 
 
-def load_guide(
-    folder: str | Path, card: GuideCard, host: GuideHost
-) -> TokenGuide | Selector | ResponseGuide:
+def load_guide(folder: str | Path, card: GuideCard, host: GuideHost) -> Guide:
     """Load the guide of a folder whose card was checked."""
     kind = GUIDES[card.kind]
     settings = parse(kind.Settings, card.settings, source=f"settings of {folder}")

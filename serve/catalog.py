@@ -8,7 +8,8 @@ from transformers import AutoConfig
 
 import pilotfish
 from pilotfish.errors import CheckpointError
-from pilotfish.guides import check_guide
+from pilotfish.guides import GUIDES, check_guide
+from pilotfish.guides.base import Stage
 from pilotfish.models.loading import load_tokenizer
 from pilotfish.models.vocab import fingerprint
 
@@ -111,6 +112,12 @@ def _guide_entry(guide: GuideConfig, config: ServeConfig, *, vocab: str) -> Guid
     artifact = pin(guide.path, config.tracking_uri)
     folder = artifact.fetch()
     card = check_guide(folder, base=config.base.path, base_vocab=vocab)
+    if GUIDES[card.kind].stage is not Stage.TOKEN:
+        raise CheckpointError(
+            f"guide {guide.name!r} is of kind {card.kind!r}, which acts on whole answers; only "
+            "guides that tilt tokens are served. Leave it out of the config; pilotfish.Pilot runs "
+            "it."
+        )
     return GuideEntry(
         name=guide.name,
         artifact=artifact,

@@ -1,5 +1,6 @@
 """Model and guide folders on disk, as jobs would have written them: random, and tiny."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,24 @@ def save_proxy(
     )
     write_card(folder, card)
     return folder
+
+
+def save_aligner(
+    folder: Path,
+    *,
+    seed: int = 3,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weight: float = 1.0,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a random Aligner: an LM with a tokenizer of its own, for any base.
+
+    Without `settings` it has the paper's template.
+    """
+    tokenizer = tokenizer or byte_tokenizer()
+    save_base(folder, seed=seed, tokenizer=tokenizer)
+    settings = {"template": "paper"} if settings is None else settings
+    return save_card(folder, kind="aligner", tokenizer=tokenizer, weight=weight, **settings)
 
 
 def save_guide(

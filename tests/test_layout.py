@@ -21,10 +21,12 @@ LAYERS = (
     ("errors",),
     ("config", "chat", "losses", "noise"),
     ("context",),
+    ("correction",),
     ("models", "data", "world"),
     ("guides",),
-    ("decode", "train"),
-    ("evaluation", "hf", "pilot"),
+    ("decode", "train", "chain"),
+    ("evaluation", "answering", "hf"),
+    ("pilot",),
     ("__init__",),
 )
 # Heavy libraries that the core must do without when it is imported.

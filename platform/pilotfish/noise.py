@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     """What is drawn where it is not."""
     ROLLOUT = 4
     """A token of a continuation that only values a candidate."""
+    SELECT = 5
+    """Which of several drafts goes on."""
 
 
 def request_key(seed: int, prompt_ids: Sequence[int]) -> int:
@@ -46,6 +48,18 @@ def request_key(seed: int, prompt_ids: Sequence[int]) -> int:
     """
     digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
     digest.update(np.asarray(prompt_ids, dtype="<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def draft_seed(seed: int, number: int) -> int:
+    """Return the seed of a request's draft; draft 0 has the request's own.
+
+    It does not depend on how many drafts there are, so more drafts only add to fewer.
+    """
+    if number == 0:
+        return seed
+    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8, person=b"draft")
+    digest.update(number.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 
 

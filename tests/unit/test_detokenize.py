@@ -17,6 +17,24 @@ def test_pieces_join_to_the_decoded_text(text: str) -> None:
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+def test_a_fork_goes_on_by_itself_from_where_it_was_taken() -> None:
+    tokenizer = hh_tokenizer()
+    ids = tokenizer.encode("put 🍲 in. Then wait. Then eat", add_special_tokens=False)
+    for cut in range(len(ids)):  # also inside a character, and inside a stop string
+        stream, whole = TextStream(tokenizer, ("wait",)), TextStream(tokenizer, ("wait",))
+        for token_id in ids[:cut]:
+            stream.push(token_id)
+        other = stream.fork()
+        for token_id in tokenizer.encode(" soup", add_special_tokens=False):
+            stream.push(token_id)
+        for token_id in ids[cut:]:
+            other.push(token_id)
+        for token_id in ids:
+            whole.push(token_id)
+        assert other.text == whole.text
+        assert other.stopped
+
+
 def test_special_tokens_give_no_text() -> None:
     tokenizer = word_tokenizer()
     stream = TextStream(tokenizer)

@@ -15,7 +15,13 @@ from serve.artifacts import folder_version, pin
 from serve.catalog import make_catalog
 from serve.config import ServeConfig, parse_args
 from serve.errors import APIError
-from tests.folders import byte_tokenizer, save_base, save_guide
+from tests.folders import (
+    byte_tokenizer,
+    save_aligner,
+    save_base,
+    save_guide,
+    save_reward_guide,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "serve" / "configs"
 
@@ -105,6 +111,15 @@ def test_a_guide_of_another_vocabulary_is_an_error_before_anything_starts(
     other = save_guide(tmp_path / "other", tokenizer=byte_tokenizer(262))
     with pytest.raises(VocabMismatchError, match="train it against this base"):
         make_catalog(_config(base, other), created=0)
+
+
+def test_a_guide_that_acts_on_whole_answers_is_not_served(base: Path, tmp_path: Path) -> None:
+    aligner = save_aligner(tmp_path / "aligner")
+    best = save_reward_guide(tmp_path / "best", kind="best_of_n")
+    with pytest.raises(CheckpointError, match="kind 'aligner', which acts on whole answers"):
+        make_catalog(_config(base, aligner), created=0)
+    with pytest.raises(CheckpointError, match="'helpful' is of kind 'best_of_n'"):
+        make_catalog(_config(base, best), created=0)
 
 
 def test_the_version_of_a_folder_follows_its_weights(tmp_path: Path) -> None:

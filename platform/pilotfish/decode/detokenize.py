@@ -1,5 +1,6 @@
 """Token ids to text, piece by piece: never half a character, never past a stop string."""
 
+import copy
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
@@ -40,6 +41,12 @@ class TextStream:
             self.stopped = True
             return self._release(min(starts))
         return self._release(len(self._held) - self._undecided())
+
+    def fork(self) -> "TextStream":
+        """Return a stream that goes on from here by itself."""
+        other = copy.copy(self)
+        other._decoder = copy.copy(self._decoder)
+        return other
 
     def flush(self) -> str:
         """Release what was held back; call once no more tokens come."""

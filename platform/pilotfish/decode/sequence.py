@@ -115,7 +115,11 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A finished completion. The lists hold one entry per token id."""
+    """A finished completion. The lists hold one entry per token id.
+
+    Where response guides revised it, `text` and `finish_reason` are those of the last revision,
+    and everything per token is still about the draft.
+    """
 
     text: str
     token_ids: list[int]
@@ -126,3 +130,7 @@ class Completion:
     moved_by: list[str | None] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     notes: list[Mapping[str, float]] = field(default_factory=list)
+    draft_text: str | None = None
+    """The text before the first revision; None if nothing revised it."""
+    revised_by: tuple[str, ...] = ()
+    """Names of the response guides that revised it, in order."""

@@ -1,12 +1,15 @@
 """Guides by kind. A new guide is one file here, one line in `GUIDES`, and one training config."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 from pilotfish.config import Config, parse
 from pilotfish.errors import CheckpointError, ConfigError
+from pilotfish.guides.aligner import AlignerGuide
 from pilotfish.guides.args_search import ARGSGuide
-from pilotfish.guides.base import ResponseGuide, Selector, Stage, TokenGuide
+from pilotfish.guides.base import Guide, Stage, Staged, TokenGuide
+from pilotfish.guides.best_of_n import BestOfN, BlockwiseCD
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.controlled_decoding import ControlledDecodingGuide
 from pilotfish.guides.gate import Gated
@@ -19,18 +22,13 @@ from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
 
 
-class GuideKind(Protocol):
+class GuideKind(Staged, Protocol):
     """What the classes in `GUIDES` have in common: how they are configured and loaded."""
 
-    stage: ClassVar[Stage]
-    takes_weight: ClassVar[bool]
-    """Whether weights other than 0 (off) and 1 (on) mean something."""
     Settings: ClassVar[type[Config]]
 
     @classmethod
-    def load(
-        cls, folder: str | Path, card: GuideCard, settings: Any, host: GuideHost
-    ) -> TokenGuide | Selector | ResponseGuide:
+    def load(cls, folder: str | Path, card: GuideCard, settings: Any, host: GuideHost) -> Guide:
         """Load the guide. `settings` is the card's, as an instance of `Settings`."""
         ...
 
@@ -42,6 +40,9 @@ GUIDES: dict[str, type[GuideKind]] = {
     "proxy_tuning": ProxyTuningGuide,
     "transfer_q": TransferQGuide,
     "proxy": ProxyGuide,
+    "best_of_n": BestOfN,
+    "blockwise": BlockwiseCD,
+    "aligner": AlignerGuide,
 }
 
 
@@ -56,28 +57,48 @@ def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
     if card.kind not in GUIDES:
         raise CheckpointError(
             f"{str(folder)!r} holds a guide of kind {card.kind!r}; this version knows "
-            f"{', '.join(sorted(GUIDES))}. Upgrade pilotfish, or pick another guide."
+            f"{', '.join(GUIDES)}. Upgrade pilotfish, or pick another guide."
         )
-    kind = GUIDES[card.kind]
-    parse(kind.Settings, card.settings, source=f"settings of {folder}")
-    if kind.stage is Stage.TOKEN:
+    _check_card(card, str(folder))
+    if GUIDES[card.kind].stage is Stage.TOKEN:
         check_same_vocab(
             base=base, base_vocab=base_vocab, guide=str(folder), guide_vocab=card.vocab
         )
-    else:
-        _refuse_wrappers(folder, card)
     return card
 
 
-def load_guide(
-    folder: str | Path, card: GuideCard, host: GuideHost
-) -> TokenGuide | Selector | ResponseGuide:
+def make_card(fields: Mapping[str, Any], *, base: str, base_vocab: str) -> GuideCard:
+    """Return the card of a guide without a folder: one made of models that lie elsewhere.
+
+    `fields` are those of the card; paths in its settings are as they stand. Raises `ConfigError`
+    for an unknown kind, field or setting.
+    """
+    known = {"base": base, "vocab": base_vocab, **fields}
+    card = parse(GuideCard, known, source="guide")
+    if card.kind not in GUIDES:
+        raise ConfigError(f"kind is {card.kind!r}, wanted one of {', '.join(GUIDES)}.")
+    _check_card(card, f"a guide of kind {card.kind}")
+    return card
+
+
+def _check_card(card: GuideCard, name: str) -> None:
+    kind = GUIDES[card.kind]
+    parse(kind.Settings, card.settings, source=f"settings of {name}")
+    if kind.stage is not Stage.TOKEN:
+        _refuse_wrappers(name, card)
+
+
+def load_guide(folder: str | Path, card: GuideCard, host: GuideHost) -> Guide:
     """Load the guide of a folder whose card was checked, prompted and gated as the card says."""
     kind = GUIDES[card.kind]
+    if host.remote is not None and not issubclass(kind, GenARMGuide):
+        raise ConfigError(
+            f"{str(folder)!r} is a guide of kind {card.kind!r}, which has no single LM that could "
+            "run elsewhere. Place it with the base: placement: colocated."
+        )
     settings = parse(kind.Settings, card.settings, source=f"settings of {folder}")
     loaded = kind.load(folder, card, settings, host)
     if kind.stage is not Stage.TOKEN:
-        _refuse_wrappers(folder, card)
         return loaded
     guide = cast(TokenGuide, loaded)
     if card.template == "own":
@@ -85,11 +106,11 @@ def load_guide(
     return guide if card.gate is None else Gated(guide, card.gate)
 
 
-def _refuse_wrappers(folder: str | Path, card: GuideCard) -> None:
+def _refuse_wrappers(guide: str, card: GuideCard) -> None:
     """A gate and a template of its own mean something for token guides alone."""
     for name, value, off in (("gate", card.gate, None), ("template", card.template, "base")):
         if value != off:
             raise ConfigError(
-                f"{name} is {value!r} in the card of {str(folder)!r}, but a guide of kind "
+                f"{name} is {value!r} in the card of {guide!r}, but a guide of kind "
                 f"{card.kind!r} tilts no tokens. Remove {name} from its guide.json."
             )

@@ -10,7 +10,7 @@ rebuilt when missing. It never sees requests, other guides' weights, or HTTP.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -29,6 +29,15 @@ class Stage(IntEnum):
     """Decides how many drafts there are, and which one goes on."""
     REVISION = 2
     """Rewrites the answer."""
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """What a chain must know of a guide; its class knows it too."""
+
+    stage: ClassVar[Stage]
+    takes_weight: ClassVar[bool]
+    """Whether weights other than 0 (off) and 1 (on) mean something."""
 
 
 class LogprobSource(Protocol):
@@ -108,6 +117,13 @@ class Selector(Protocol):
     """Picks one of several drafts."""
 
     num_drafts: int
+    block_tokens: int | None
+    """Choose after every so many tokens, and let all drafts go on behind the chosen one; None is
+    once, between finished drafts."""
+
+    def check(self, prompt: Prompt, max_tokens: int) -> None:
+        """Raise `PromptError` if drafts of so many tokens could not be chosen from."""
+        ...
 
     def choose(self, prompt: Prompt, drafts: Sequence[Draft], uniform: float) -> int:
         """Return the place of the draft that goes on.
@@ -116,10 +132,72 @@ class Selector(Protocol):
         """
         ...
 
+    def choose_all(
+        self,
+        prompts: Sequence[Prompt],
+        drafts: Sequence[Sequence[Draft]],
+        uniforms: Sequence[float],
+    ) -> list[int]:
+        """Choose for several prompts at once, for each as `choose` would."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """What a `TextModel` is asked to write."""
+
+    text: str
+    """What it reads; it writes what comes behind."""
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of it."""
+
+    text: str
+    complete: bool = True
+    """False where it was cut at `max_tokens`."""
+
+
+class TextModel(Protocol):
+    """A causal LM with a vocabulary of its own: text in, text out, wherever it runs."""
+
+    max_length: int
+    """In its own tokens: what it reads and what it writes, together."""
+
+    def num_tokens(self, text: str) -> int:
+        """Count the tokens of a text that it would read."""
+        ...
+
+    def write(self, writings: Sequence[Writing]) -> list[Written]:
+        """Write everything asked for, in one batch."""
+        ...
+
+    def stream(self, writing: Writing) -> Iterator[str]:
+        """Yield pieces of the text as they are decoded."""
+        ...
+
 
 class ResponseGuide(Protocol):
-    """Revises a finished draft (text to text), in whatever vocabulary it likes."""
+    """Revises a finished draft (text to text), in whatever vocabulary it likes.
+
+    A revision is a function of the prompt's text and the draft's alone.
+    """
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise `PromptError` if no answer to this prompt could be revised."""
+        ...
 
     def revise(self, prompt: Prompt, draft: str) -> Iterator[str]:
         """Yield text pieces of the answer that replaces the draft."""
         ...
+
+    def revise_all(self, prompts: Sequence[Prompt], drafts: Sequence[str]) -> list[Written]:
+        """Return what replaces each draft; many at once, as `revise` would one by one."""
+        ...
+
+
+Guide: TypeAlias = TokenGuide | Selector | ResponseGuide

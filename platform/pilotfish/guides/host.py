@@ -1,16 +1,23 @@
 """What a process offers to the guides it loads: its base, and ways to load models beside it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pilotfish.guides.base import LogprobSource
+from pilotfish.chat import stop_ids
+from pilotfish.errors import CheckpointError, ConfigError
+from pilotfish.guides.base import LogprobSource, TextModel
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import Dtype, load_frozen, load_frozen_scorer, load_tokenizer
 from pilotfish.models.reward import Pooling, RewardModel
 from pilotfish.models.vocab import check_same_vocab, fingerprint
+
+OpenTextModel: TypeAlias = Callable[[CausalLM, PreTrainedTokenizerBase, frozenset[int]], TextModel]
+"""Makes a text model of an LM, its tokenizer, and the ids that end what it writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +35,8 @@ class GuideHost:
     dtype: Dtype = "auto"
     remote: LogprobSource | None = None
     """Stands in for the guide's own LM, where that runs elsewhere."""
+    open_text_model: OpenTextModel | None = None
+    """How LMs decode that write text of their own; the guides know no decode loop."""
     lms: list[CausalLM | RewardModel] = field(default_factory=list)
     """Every model loaded so far, so that forwards can be counted."""
 
@@ -64,6 +73,29 @@ class GuideHost:
         )
         self.lms.append(rewards)
         return rewards
+
+    def load_text_model(self, folder: str | Path) -> TextModel:
+        """Load a causal LM that writes text, with its own tokenizer: any vocabulary will do.
+
+        Raises `ConfigError` where no decode loop is at hand, and `CheckpointError` for a folder
+        that cannot be loaded or a tokenizer without an end token.
+        """
+        if self.open_text_model is None:
+            raise ConfigError(
+                f"guide {str(folder)!r} writes text, and nothing here can decode it. Load it with "
+                "Pilot."
+            )
+        tokenizer = load_tokenizer(folder)
+        model = load_frozen(folder, device=self.device, dtype=self.dtype)
+        end_ids = stop_ids(tokenizer, model.generation_config)
+        if not end_ids:
+            raise CheckpointError(
+                f"the tokenizer of {str(folder)!r} has no end token, so no text of its model would "
+                "ever end. Set `tokenizer.eos_token` and save it again."
+            )
+        lm = CausalLM(model, vocab_size=len(tokenizer), num_slots=self.num_slots)
+        self.lms.append(lm)
+        return self.open_text_model(lm, tokenizer, end_ids)
 
     def load_tokenizer(self, folder: str | Path) -> PreTrainedTokenizerBase:
         """Load a tokenizer of the base's token ids. Raises `VocabMismatchError` for others."""

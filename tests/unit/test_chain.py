@@ -324,5 +324,5 @@ def test_what_a_chain_cannot_answer_is_refused_before_anything_is_decoded(pilot:
 
 def test_an_object_that_is_no_guide_is_refused(folders: dict[str, Path]) -> None:
     made: Any = torch.nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="'mine' is a Linear, wanted a folder or a guide"):
+    with pytest.raises(ConfigError, match="'mine' is a Linear, wanted a folder, a mapping"):
         Pilot(folders["base"], guides={"mine": made})

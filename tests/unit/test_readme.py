@@ -10,6 +10,7 @@ import yaml
 
 from jobs import evaluate, train
 from pilotfish import world
+from pilotfish.guides import GUIDES
 from tests.folders import save_base, save_guide
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,14 +72,25 @@ def test_the_tree_lists_every_top_level_folder() -> None:
     assert all((ROOT / "platform" / "pilotfish" / name).exists() for name in inside)
 
 
-def test_the_python_example_runs_as_printed(
+def test_the_python_examples_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One after the other, as a reader would; the client of a server is tested with the server."""
     monkeypatch.chdir(tmp_path)
     tokenizer = world.build_tokenizer()
     save_base(Path("runs/kitchen/base"), tokenizer=tokenizer)
     save_guide(Path("runs/kitchen/genarm"), tokenizer=tokenizer)
-    [example] = [block for block in blocks("python") if "Pilot(" in block]
-    exec(compile(example, "README.md", "exec"), {})  # the README is ours
+    examples = [block for block in blocks("python") if "openai" not in block]
+    assert len(examples) >= 3
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)  # the README is ours
     assert capsys.readouterr().out.strip()
     assert "pilotfish" in sys.modules
+
+
+def test_the_table_of_methods_lists_every_kind() -> None:
+    table = README.split("## The methods")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [kind for row in rows for kind in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(GUIDES)

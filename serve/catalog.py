@@ -54,7 +54,7 @@ class Catalog:
         """Return the guides of a request and their weights, in order of tilting.
 
         `asked` (the body) goes before the suffix of `model`; None is not asked. Raises `APIError`
-        404 for a model or guide that is not served.
+        404 for a model or guide that is not served, and 400 for a weight it does not take.
         """
         suffix = self._suffix(model)
         if asked is None:
@@ -66,7 +66,11 @@ class Catalog:
                 known = ", ".join(guide.name for guide in self.guides) or "none"
                 message = f"No guide named {name!r} is served; served: {known}."
                 raise APIError(404, message, param="guides", code="guide_not_found")
-            chosen.append((entry, entry.weight if weight is None else weight))
+            strength = entry.weight if weight is None else weight
+            if strength not in (0, 1) and not GUIDES[entry.kind].takes_weight:
+                message = f"Guide {name!r} is on or off: its weight is {strength}, wanted 0 or 1."
+                raise APIError(400, message, param="guides", code="invalid_weight")
+            chosen.append((entry, strength))
         return chosen
 
     def model_ids(self) -> list[str]:

@@ -20,6 +20,7 @@ from tests.folders import (
     save_aligner,
     save_base,
     save_guide,
+    save_proxy,
     save_reward_guide,
 )
 
@@ -156,6 +157,21 @@ def test_the_body_goes_before_the_suffix_of_the_model(base: Path, guide: Path) -
     assert catalog.choose("base:helpful", None) == [(helpful, 0.5)]
     assert catalog.choose("base:helpful", [("helpful", 2.0)]) == [(helpful, 2.0)]
     assert catalog.choose("base:helpful", []) == []
+
+
+def test_a_guide_that_is_on_or_off_has_no_other_weight(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    config = ServeConfig.model_validate(
+        {
+            "base": {"path": str(base)},
+            "guides": [{"name": "proxy", "path": str(save_proxy(tmp_path / "proxy"))}],
+        }
+    )
+    catalog = make_catalog(config, created=1)
+    assert [weight for _, weight in catalog.choose("base:proxy", None)] == [1.0]
+    with pytest.raises(APIError, match="on or off: its weight is 0.5") as caught:
+        catalog.choose("base", [("proxy", 0.5)])
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_guide_that_is_on_or_off_has_no_other_weight(tmp_path: Path) -> None:
     )
     catalog = make_catalog(config, created=1)
     assert [weight for _, weight in catalog.choose("base:proxy", None)] == [1.0]
-    with pytest.raises(APIError, match="on or off: its weight is 0.5") as caught:
+    with pytest.raises(APIError, match=r"on or off: its weight is 0\.5") as caught:
         catalog.choose("base", [("proxy", 0.5)])
     assert caught.value.status == 400
 

@@ -22,6 +22,7 @@ from tests.enumerable import (
     TabularLM,
     TabularReward,
     World,
+    context_of,
     greedy,
     guided,
     random_policy,
@@ -164,9 +165,22 @@ def test_each_candidate_and_each_rollout_has_draws_of_its_own_from_the_seed_and_
     assert not tilt(new_guide(seeded), contexts, laws).allclose(found)
     drawn = sampled_texts(contexts[0], 5, count=20, length=4)
     assert len(set(map(tuple, drawn))) > 10
-    endings = [
-        tuple(ids[len(contexts[0].token_ids) + 1 :])
-        for token in range(1, V)
-        for ids in sampled_texts(contexts[0], token, count=1, length=4)
-    ]
-    assert len(set(endings)) > 10
+
+
+def test_candidates_do_not_share_their_draws() -> None:
+    """With a law that does not look back, equal draws would give equal continuations."""
+    law = torch.randn(V, dtype=torch.float64).log_softmax(-1)
+    seen: dict[int, tuple[int, ...]] = {}
+
+    def reward(prefix: tuple[int, ...]) -> float:
+        if prefix:
+            seen[prefix[0]] = prefix[1:]
+        return 0.0
+
+    guide = TransferQGuide(
+        TabularLM(lambda prefix: law, horizon=9),
+        TabularReward(reward, horizon=9),
+        settings=settings(num_candidates=V, rollout_temperature=1.0),
+    )
+    tilt(guide, [context_of(())], law[None])
+    assert len(seen) == len(set(seen.values())) == V

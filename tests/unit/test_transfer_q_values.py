@@ -167,14 +167,14 @@ def test_each_candidate_and_each_rollout_has_draws_of_its_own_from_the_seed_and_
     assert len(set(map(tuple, drawn))) > 10
 
 
-def test_candidates_do_not_share_their_draws() -> None:
+def test_neither_candidates_nor_texts_share_their_draws() -> None:
     """With a law that does not look back, equal draws would give equal continuations."""
-    law = torch.randn(V, dtype=torch.float64).log_softmax(-1)
-    seen: dict[int, tuple[int, ...]] = {}
+    law = torch.zeros(V, dtype=torch.float64).log_softmax(-1)
+    seen: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def reward(prefix: tuple[int, ...]) -> float:
-        if prefix:
-            seen[prefix[0]] = prefix[1:]
+        if len(prefix) > 1:
+            seen[prefix[:2]] = prefix[2:]
         return 0.0
 
     guide = TransferQGuide(
@@ -182,5 +182,5 @@ def test_candidates_do_not_share_their_draws() -> None:
         TabularReward(reward, horizon=9),
         settings=settings(num_candidates=V, rollout_temperature=1.0),
     )
-    tilt(guide, [context_of(())], law[None])
-    assert len(seen) == len(set(seen.values())) == V
+    tilt(guide, [context_of((1,), key=0), context_of((2,), key=1)], law.expand(2, -1))
+    assert len(seen) == len(set(seen.values())) == 2 * V

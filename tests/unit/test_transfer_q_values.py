@@ -82,6 +82,7 @@ def test_self_normalised_weights_give_the_target_expectation_and_others_do_not(b
 
 
 def test_equal_rewards_have_equal_weights_and_unequal_ones_few_samples() -> None:
+    torch.manual_seed(0)
     rewards = torch.randn(3, 8, dtype=torch.float64)
     found, ess = indirect_values(rewards, rewards + 5.0, 0.1)
     torch.testing.assert_close(found, direct_values(rewards))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from pilotfish.context import Context, Prompt
 from pilotfish.guides.rollouts import Rollout, roll_out
 from pilotfish.guides.transfer_q import (
@@ -13,6 +15,7 @@ from pilotfish.models.causal_lm import CausalLM
 from tests.enumerable import (
     TabularLM,
     TabularReward,
+    context_of,
     guided,
     random_policy,
     random_world,
@@ -57,6 +60,18 @@ def test_the_draws_depend_on_the_key_and_greedy_ones_do_not() -> None:
     assert len({tuple(ids) for ids in rolled(starts, [7] * 30)}) == 1
     [only] = {tuple(ids) for ids in rolled(starts, range(30), temperature=0.0)}
     assert list(only) == plain_rollout([3, 1, 4], 8)
+
+
+def test_temperature_tempers_every_draw() -> None:
+    law = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)
+    for temperature in (0.5, 1.0, 2.0):
+        lm = TabularLM(lambda prefix: law.log(), horizon=1)
+        drawn = [Rollout(context_of((), -1 - at), 2, noise_key=at) for at in range(4000)]
+        roll_out(lm, drawn, end_ids=END, temperature=temperature, at_once=4000)
+        counts = torch.bincount(torch.tensor([one.context.token_ids[1] for one in drawn]))
+        wanted = law ** (1 / temperature)
+        expected = 4000 * wanted / wanted.sum()
+        assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
 
 
 def test_rollouts_follow_the_law_of_their_model() -> None:

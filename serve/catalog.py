@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 import pilotfish
 from pilotfish.errors import CheckpointError
-from pilotfish.guides import GUIDES, check_guide
+from pilotfish.guides import GUIDES, check_guide, check_remote
 from pilotfish.guides.base import Stage
 from pilotfish.models.loading import load_tokenizer
 from pilotfish.models.vocab import fingerprint
@@ -116,6 +116,8 @@ def _guide_entry(guide: GuideConfig, config: ServeConfig, *, vocab: str) -> Guid
     artifact = pin(guide.path, config.tracking_uri)
     folder = artifact.fetch()
     card = check_guide(folder, base=config.base.path, base_vocab=vocab)
+    if guide.placement == "remote":
+        check_remote(card, guide.name)
     if GUIDES[card.kind].stage is not Stage.TOKEN:
         raise CheckpointError(
             f"guide {guide.name!r} is of kind {card.kind!r}, which acts on whole answers; only "

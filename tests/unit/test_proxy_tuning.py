@@ -85,5 +85,5 @@ def test_both_models_of_proxy_tuning_are_loaded_from_beside_the_card(tmp_path: P
     torch.testing.assert_close(guided(law, [3], (guide, 0.5)), expected, rtol=0, atol=1e-5)
     assert distance(expert, anti) > 0.05
     far = GuideHost(base=base, tokenizer=words, remote=Table(law))
-    with pytest.raises(ConfigError, match="has two models"):
+    with pytest.raises(ConfigError, match="no single LM"):
         load_guide(folder, card, far)

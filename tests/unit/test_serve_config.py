@@ -208,3 +208,11 @@ def _deployments(application: Any) -> list[Any]:
     nested = [v for a in arguments if isinstance(a, dict) for v in a.values()]
     children = [a for a in [*arguments, *nested] if isinstance(a, Application)]
     return [deployment, *(node for child in children for node in _deployments(child))]
+
+
+def test_a_guide_without_one_lm_of_its_own_cannot_be_remote(tmp_path: Path) -> None:
+    guide = {"name": "proxy", "path": str(save_proxy(tmp_path / "proxy")), "placement": "remote"}
+    base = {"path": str(save_base(tmp_path / "base"))}
+    config = ServeConfig.model_validate({"base": base, "guides": [guide]})
+    with pytest.raises(ConfigError, match="no single LM that could run elsewhere, as genarm has"):
+        make_catalog(config, created=1)

@@ -44,6 +44,7 @@ GUIDES: dict[str, type[GuideKind]] = {
     "blockwise": BlockwiseCD,
     "aligner": AlignerGuide,
 }
+_REMOTE = ("genarm",)
 
 
 def check_guide(folder: str | Path, *, base: str, base_vocab: str) -> GuideCard:
@@ -81,6 +82,15 @@ def make_card(fields: Mapping[str, Any], *, base: str, base_vocab: str) -> Guide
     return card
 
 
+def check_remote(card: GuideCard, guide: str) -> None:
+    """Raise `ConfigError` unless a guide of this kind can have its LM somewhere else."""
+    if card.kind not in _REMOTE:
+        raise ConfigError(
+            f"{guide!r} is a guide of kind {card.kind!r}, which has no single LM that could run "
+            f"elsewhere, as {', '.join(_REMOTE)} has. Place it with the base: placement: colocated."
+        )
+
+
 def _check_card(card: GuideCard, name: str) -> None:
     kind = GUIDES[card.kind]
     parse(kind.Settings, card.settings, source=f"settings of {name}")
@@ -91,11 +101,8 @@ def _check_card(card: GuideCard, name: str) -> None:
 def load_guide(folder: str | Path, card: GuideCard, host: GuideHost) -> Guide:
     """Load the guide of a folder whose card was checked, prompted and gated as the card says."""
     kind = GUIDES[card.kind]
-    if host.remote is not None and not issubclass(kind, GenARMGuide):
-        raise ConfigError(
-            f"{str(folder)!r} is a guide of kind {card.kind!r}, which has no single LM that could "
-            "run elsewhere. Place it with the base: placement: colocated."
-        )
+    if host.remote is not None:
+        check_remote(card, str(folder))
     settings = parse(kind.Settings, card.settings, source=f"settings of {folder}")
     loaded = kind.load(folder, card, settings, host)
     if kind.stage is not Stage.TOKEN:

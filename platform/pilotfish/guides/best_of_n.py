@@ -15,6 +15,7 @@ from pilotfish.config import Config
 from pilotfish.context import Prompt
 from pilotfish.errors import ConfigError, PromptError
 from pilotfish.guides.base import Draft, Stage
+from pilotfish.guides.candidates import check_pooling
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
 from pilotfish.guides.scoring import DraftScorer, RewardScorer, scores_of
@@ -36,7 +37,7 @@ class BestOfNSettings(Config):
 
     @model_validator(mode="after")
     def _check_pooling(self) -> Self:
-        _check_pooling(self.pooling, self.pool_length)
+        check_pooling(self.pooling, self.pool_length)
         return self
 
 
@@ -56,7 +57,7 @@ class BlockwiseSettings(Config):
 
     @model_validator(mode="after")
     def _check_pooling(self) -> Self:
-        _check_pooling(self.pooling, self.pool_length)
+        check_pooling(self.pooling, self.pool_length)
         return self
 
 
@@ -196,14 +197,6 @@ class BlockwiseCD:
 
 def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
-
-
-def _check_pooling(pooling: Pooling, pool_length: float) -> None:
-    if pooling == "last" and pool_length != 1:
-        raise ValueError(
-            f"pool_length is {pool_length}, but pooling is 'last', which reads one token. Leave it "
-            "out, or write pooling: pooled"
-        )
 
 
 def _check_at_least_one(name: str, number: int) -> None:

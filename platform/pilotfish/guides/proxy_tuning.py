@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pilotfish.config import Config
 from pilotfish.context import Context
-from pilotfish.errors import ConfigError
 from pilotfish.guides.base import LogprobSource, Stage, Step
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
@@ -50,12 +49,6 @@ class ProxyTuningGuide:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: ProxyTuningSettings, host: GuideHost
     ) -> "ProxyTuningGuide":
-        """Load both models. Raises `ConfigError` where the guide's one model runs elsewhere."""
-        if host.remote is not None:
-            raise ConfigError(
-                f"guide {str(folder)!r} is of kind proxy_tuning, which has two models; a remote "
-                "guide has one. Set its placement to colocated."
-            )
         return cls(
             host.load_lm(beside(folder, settings.expert)),
             host.load_lm(beside(folder, settings.anti_expert)),

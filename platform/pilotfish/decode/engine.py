@@ -37,6 +37,8 @@ class DraftStats:
     num_drafted: int = 0
     num_accepted: int = 0
     num_tokens: int = 0
+    speed_up: float | None = None
+    """Of the best pace over not drafting, as measured lately; None until both were tried."""
 
     @property
     def acceptance_length(self) -> float:
@@ -224,6 +226,8 @@ class Engine:
                 events += self._advance_drafted(one, own, heard)
             if events[-1].finish_reason is not None:
                 ended.append(place)
+        if said is not None:
+            self.draft_stats.speed_up = self._pace.speed_up(batch.running)
         for place in reversed(ended):
             self._release(self._scheduler.remove(place))
         if ended:

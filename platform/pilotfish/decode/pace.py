@@ -56,6 +56,20 @@ class Pace:
         self._kind = (bucket, plan)
         return [_for_sequence(one, plan) for one in running]
 
+    def speed_up(self, running: Sequence[Running]) -> float | None:
+        """Return how many times faster the best pace is than not drafting, for such a batch.
+
+        From measured rounds and the share of drafts kept lately; None until both were tried.
+        """
+        drafting = [one for one in running if one.request.draft is not None]
+        bucket = len(running).bit_length()
+        rates = {
+            k: _expected(k, drafting) / timing.seconds
+            for (size, k), timing in self._timings.items()
+            if size == bucket and timing.seconds > 0
+        }
+        return max(rates.values()) / rates[0] if drafting and 0 in rates else None
+
     def start(self) -> None:
         self._started = time.perf_counter()
 

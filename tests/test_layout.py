@@ -24,7 +24,7 @@ LAYERS = (
     ("models", "data", "world"),
     ("guides",),
     ("decode", "train"),
-    ("evaluation", "hf", "pilot"),
+    ("evaluation", "hf", "pilot", "vllm_plugin"),
     ("__init__",),
 )
 # Heavy libraries that the core must do without when it is imported.

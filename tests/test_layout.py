@@ -25,7 +25,7 @@ LAYERS = (
     ("models", "data", "world"),
     ("guides",),
     ("decode", "train", "chain"),
-    ("evaluation", "answering", "hf"),
+    ("evaluation", "answering", "hf", "vllm_plugin"),
     ("pilot",),
     ("__init__",),
 )

@@ -285,7 +285,7 @@ def test_guides_are_loaded_by_their_cards(tmp_path: Path, monkeypatch: pytest.Mo
     size = len(byte_tokenizer())
     logits = torch.randn(1, size + 44, dtype=torch.float64)
     expected = logits[0, :size].log_softmax(-1)
-    model: Any = guided._guides["g"]._source.model  # type: ignore[attr-defined]
+    model: Any = guided._guides["g"].source.model  # type: ignore[attr-defined]
     expected = (expected + 1.5 * plain_logprobs(model, [3, 1])).log_softmax(-1)
     torch.testing.assert_close(guided.apply(logits)[0, :size], expected)
 
@@ -311,11 +311,7 @@ def test_a_gate_on_the_card_is_kept(tmp_path: Path) -> None:
         ({"enable_prompt_embeds": True}, {}, "enable_prompt_embeds"),
         ({"max_model_len": MAX_LENGTH + 1}, {}, "Lower max_model_len"),
         ({}, {"template": "own"}, "read the base's prompt"),
-        (
-            {},
-            {"kind": "proxy_tuning", "settings": {"expert": ".", "anti_expert": "."}},
-            "of kind 'genarm'",
-        ),
+        ({}, {"kind": "args"}, "of kind 'genarm'"),
     ],
 )
 def test_engines_and_guides_that_do_not_go_together_are_refused(

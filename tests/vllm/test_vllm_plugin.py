@@ -64,34 +64,8 @@ def test_every_reported_law_is_that_of_the_formula(tmp_path: Path, asynchronous:
         name: save(tmp_path / name, seed, extra_columns=extra)
         for name, seed, extra in (("a", 2, 0), ("b", 3, 12))
     }
-    requests = [
-        {
-            "prompt": [(7 * i + j * j) % 256 for j in range(LENGTHS[i])],
-            "params": {
-                "max_tokens": 24 + 5 * (i % 3),
-                "temperature": float(i % 2),
-                "extra_args": {"guides": weights if i % 3 else json.dumps(weights)},
-            },
-        }
-        for i, weights in enumerate(WEIGHTS)
-    ]
-    asked = {
-        "base": str(tmp_path / "base"),
-        "engine": {
-            "max_num_seqs": 3,
-            "max_num_batched_tokens": 64,
-            "enable_chunked_prefill": True,
-            "async_scheduling": asynchronous,
-            "enforce_eager": True,
-            "block_size": 32,
-            "num_gpu_blocks_override": 9,
-            "disable_log_stats": False,
-        },
-        "requests": requests,
-        "bad": [{"guides": {"c": 1.0}}, {"guides": {"a": "x"}}],
-        "metrics": True,
-        "out": str(tmp_path / "out.json"),
-    }
+    asked = questions(tmp_path, asynchronous=asynchronous)
+    requests = asked["requests"]
     settings = {"guides": {name: str(tmp_path / name) for name in guides}}
     found = run(asked, settings, own_process=asynchronous)
     assert ["no guide named 'c'" in found["refused"][0], "'x'" in found["refused"][1]] == [True] * 2
@@ -116,6 +90,38 @@ def test_every_reported_law_is_that_of_the_formula(tmp_path: Path, asynchronous:
             ids.append(token)
     print(f"max |dlogp| {worst:.1e}, {found['num_preemptions']:.0f} preemptions")  # noqa: T201
     assert worst < 1e-3
+
+
+def questions(folder: Path, *, asynchronous: bool) -> dict[str, Any]:
+    """What the process with vLLM is to do: more requests than rows, and too few blocks for them."""
+    requests = [
+        {
+            "prompt": [(7 * i + j * j) % 256 for j in range(LENGTHS[i])],
+            "params": {
+                "max_tokens": 24 + 5 * (i % 3),
+                "temperature": float(i % 2),
+                "extra_args": {"guides": weights if i % 3 else json.dumps(weights)},
+            },
+        }
+        for i, weights in enumerate(WEIGHTS)
+    ]
+    return {
+        "base": str(folder / "base"),
+        "engine": {
+            "max_num_seqs": 3,
+            "max_num_batched_tokens": 64,
+            "enable_chunked_prefill": True,
+            "async_scheduling": asynchronous,
+            "enforce_eager": True,
+            "block_size": 32,
+            "num_gpu_blocks_override": 9,
+            "disable_log_stats": False,
+        },
+        "requests": requests,
+        "bad": [{"guides": {"c": 1.0}}, {"guides": {"a": "x"}}],
+        "metrics": True,
+        "out": str(folder / "out.json"),
+    }
 
 
 def run(asked: dict[str, Any], settings: dict[str, Any], *, own_process: bool) -> dict[str, Any]:

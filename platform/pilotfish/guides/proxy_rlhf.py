@@ -72,6 +72,7 @@ class ProxyGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = ProxySettings
+    reads_base = True
 
     def __init__(self, base: CausalLM, head: AcceptHead, settings: ProxySettings) -> None:
         self.settings = settings

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from pilotfish.context import Context, Prompt
-from pilotfish.decode.sequence import Drafting, Request, SamplingParams
+from pilotfish.decode.engine import Engine
+from pilotfish.decode.sequence import Drafting, Request, SamplingParams, TokenEvent
 from pilotfish.guides.proxy_features import ProxySettings
 from pilotfish.models.heads import AcceptHead
 
@@ -94,6 +95,15 @@ def request(
         draft=draft,
         priority=priority,
     )
+
+
+def drain(engine: Engine) -> dict[int, list[TokenEvent]]:
+    """Step until nothing is left to do; return the events of each request."""
+    events: dict[int, list[TokenEvent]] = {}
+    while engine.busy:
+        for event in engine.step():
+            events.setdefault(event.key, []).append(event)
+    return events
 
 
 @torch.no_grad()

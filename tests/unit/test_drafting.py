@@ -11,11 +11,11 @@ import torch
 from pilotfish.decode import pace
 from pilotfish.decode.coupling import couple
 from pilotfish.decode.engine import Engine
-from pilotfish.decode.sequence import Drafting, TokenEvent
+from pilotfish.decode.sequence import Drafting
 from pilotfish.errors import PromptError
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.models.causal_lm import CausalLM
-from tests.fakes import plain_logprobs, request, tiny_llama
+from tests.fakes import drain, plain_logprobs, request, tiny_llama
 
 VOCAB, LENGTH, RUNS = 4, 3, 4000
 MODELS = {
@@ -27,14 +27,6 @@ def new_engine(num_slots: int = 500) -> Engine:
     lms = {name: CausalLM(model, num_slots=num_slots) for name, model in MODELS.items()}
     guides = {"a": GenARMGuide(lms["a"]), "b": GenARMGuide(lms["b"])}
     return Engine(lms["base"], guides, drafters={"a": lms["a"], "x": lms["x"]})
-
-
-def drain(engine: Engine) -> dict[int, list[TokenEvent]]:
-    events: dict[int, list[TokenEvent]] = {}
-    while engine.busy:
-        for event in engine.step():
-            events.setdefault(event.key, []).append(event)
-    return events
 
 
 def law_of_paths(weights: Mapping[str, float], temperature: float) -> dict[tuple, float]:

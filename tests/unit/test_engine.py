@@ -11,9 +11,11 @@ import torch
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import FinishReason, Request, TokenEvent
 from pilotfish.errors import PromptError
+from pilotfish.guides.base import TokenGuide
+from pilotfish.guides.gate import Gated
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.models.causal_lm import CausalLM
-from tests.fakes import plain_logprobs, request, tiny_llama
+from tests.fakes import drain, plain_logprobs, request, tiny_llama
 
 BASE, GUIDE, OTHER = tiny_llama(1), tiny_llama(2), tiny_llama(3)
 
@@ -25,14 +27,6 @@ def new_engine(num_slots: int = 8, **settings: Any) -> Engine:
     }
     base = CausalLM(BASE, num_slots=num_slots)
     return Engine(base, guides, end_ids=frozenset({0}), **settings)
-
-
-def drain(engine: Engine) -> dict[int, list[TokenEvent]]:
-    events: dict[int, list[TokenEvent]] = {}
-    while engine.busy:
-        for event in engine.step():
-            events.setdefault(event.key, []).append(event)
-    return events
 
 
 def run(requests: list[Request], **settings: Any) -> dict[int, list[TokenEvent]]:
@@ -215,3 +209,15 @@ def test_requests_that_cannot_run_are_refused_before_any_work(bad: Request, mess
     with pytest.raises(PromptError, match=message):
         engine.submit(bad)
     assert not engine.busy
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_guide_that_reads_less_than_the_base_is_heeded_before_any_work(gated: bool) -> None:
+    short = CausalLM(tiny_llama(2, max_position_embeddings=16))
+    guide: TokenGuide = GenARMGuide(short)
+    engine = Engine(CausalLM(BASE), {"g": Gated(guide, 1.0) if gated else guide})
+    engine.check(request(1, [1] * 10, max_tokens=7))
+    engine.check(request(1, [1] * 10, max_tokens=6, guides={"g": 1.0}))
+    engine.check(request(1, [1] * 10, max_tokens=7, guides={"g": 0.0}))
+    with pytest.raises(PromptError, match="more than the 16 positions of guide 'g'"):
+        engine.submit(request(1, [1] * 10, max_tokens=7, guides={"g": 1.0}))

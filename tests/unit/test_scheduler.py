@@ -8,7 +8,7 @@ from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import Drafting, Request, TokenEvent
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.models.causal_lm import CausalLM
-from tests.fakes import request, tiny_llama
+from tests.fakes import drain, request, tiny_llama
 
 BASE, GUIDE = tiny_llama(1), tiny_llama(2)
 
@@ -17,14 +17,6 @@ def new_engine(num_slots: int, max_cache_tokens: int | None = None) -> Engine:
     guide = CausalLM(GUIDE, num_slots=num_slots)
     base = CausalLM(BASE, num_slots=num_slots, max_cache_tokens=max_cache_tokens)
     return Engine(base, {"g": GenARMGuide(guide)}, drafters={"g": guide}, prefill_budget=16)
-
-
-def drain(engine: Engine) -> dict[int, list[TokenEvent]]:
-    events: dict[int, list[TokenEvent]] = {}
-    while engine.busy:
-        for event in engine.step():
-            events.setdefault(event.key, []).append(event)
-    return events
 
 
 def texts(events: dict[int, list[TokenEvent]]) -> dict[int, list[int]]:

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from pilotfish.decode.engine import Engine
-from pilotfish.decode.sequence import TokenEvent
 from pilotfish.decode.telemetry import kl
 from pilotfish.guides.base import Step
 from pilotfish.models.causal_lm import CausalLM
-from tests.fakes import request, tiny_llama
+from tests.fakes import drain, request, tiny_llama
 
 BASE = tiny_llama(1)
 
@@ -34,14 +33,6 @@ class Push:
         return pushed_RV.log_softmax(-1)
 
     def release(self, keys: object) -> None: ...
-
-
-def drain(engine: Engine) -> dict[int, list[TokenEvent]]:
-    events: dict[int, list[TokenEvent]] = {}
-    while engine.busy:
-        for event in engine.step():
-            events.setdefault(event.key, []).append(event)
-    return events
 
 
 def test_each_token_names_the_guide_that_moved_it_most() -> None:

@@ -24,7 +24,7 @@ from pilotfish.decode.sequence import Request, TokenEvent
 from pilotfish.decode.tape import Tape
 from pilotfish.decode.telemetry import Reading, Tilted, read
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides.base import ChecksPrompts, Evidence, Step, TokenGuide
+from pilotfish.guides.base import ChecksPrompts, Evidence, Step, TokenGuide, max_length_of
 from pilotfish.models.causal_lm import CausalLM, NextToken
 from pilotfish.noise import Purpose
 
@@ -107,14 +107,7 @@ class Engine:
             raise PromptError(
                 f"nothing named {request.draft.drafter!r} can draft here; drafters: {known}."
             )
-        num_prompt, num_new = len(request.prompt.token_ids), request.params.max_tokens
-        if num_prompt == 0:
-            raise PromptError("the prompt has no tokens. Give at least one.")
-        if num_prompt + num_new > self.base.max_length:
-            raise PromptError(
-                f"prompt of {num_prompt} tokens plus max_tokens={num_new} is more than the "
-                f"{self.base.max_length} positions of the model. Shorten one of them."
-            )
+        self._check_length(request)
         size = self.base.vocab_size
         strange = next((i for i in request.prompt.token_ids if not 0 <= i < size), None)
         if strange is not None:
@@ -125,6 +118,23 @@ class Engine:
             guide = self.guides[name]
             if weight != 0 and isinstance(guide, ChecksPrompts):
                 guide.check_prompt(request.prompt)
+
+    def _check_length(self, request: Request) -> None:
+        num_prompt, num_new = len(request.prompt.token_ids), request.params.max_tokens
+        if num_prompt == 0:
+            raise PromptError("the prompt has no tokens. Give at least one.")
+        readers: dict[str, object] = {"the model": self.base}
+        for name, weight in request.guides.items():
+            if weight != 0:
+                readers[f"guide {name!r}"] = self.guides[name]
+        if request.draft is not None:
+            readers["the drafter"] = self.drafters[request.draft.drafter]
+        for name, reader in readers.items():
+            if num_prompt + num_new > (limit := max_length_of(reader)):
+                raise PromptError(
+                    f"prompt of {num_prompt} tokens plus max_tokens={num_new} is more than the "
+                    f"{limit} positions of {name}. Shorten one of them."
+                )
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `PromptError` if it can never be decoded."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pilotfish.config import Config
 from pilotfish.context import Context
-from pilotfish.guides.base import Stage, Step
+from pilotfish.guides.base import Stage, Step, max_length_of
 from pilotfish.guides.candidates import (
     CandidateRewards,
     check_pooling,
@@ -85,6 +85,10 @@ class ARGSGuide:
             pool_length=settings.pool_length,
         )
         return cls(reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
+
+    @property
+    def max_length(self) -> int:
+        return max_length_of(self._reward)
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Nothing to start: the candidates are the law's, which is not there yet."""

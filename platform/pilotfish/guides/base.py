@@ -7,6 +7,7 @@ ids in each context: a cache it keeps is found by `Context.key`, checked against
 rebuilt when missing. It never sees requests, other guides' weights, or HTTP.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -81,6 +82,21 @@ class TokenGuide(Protocol):
     def release(self, keys: Sequence[int]) -> None:
         """Sequences that ended; whatever is cached for them may go. A hint, never a need."""
         ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A token guide, or an LM, that reads so many tokens and no more."""
+
+    @property
+    def max_length(self) -> int: ...
+
+
+def max_length_of(*parts: object) -> int:
+    """Return the longest context that all parts can read; those that do not say read anything."""
+    return min(
+        (part.max_length for part in parts if isinstance(part, Bounded)), default=sys.maxsize
+    )
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pilotfish.context import Context, Prompt
 from pilotfish.errors import ConfigError
-from pilotfish.guides.base import ChecksPrompts, Step, TokenGuide, reads_base
+from pilotfish.guides.base import ChecksPrompts, Step, TokenGuide, max_length_of, reads_base
 
 
 class Gated:
@@ -40,6 +40,10 @@ class Gated:
         """Raise `PromptError` where the guide itself does."""
         if isinstance(self._guide, ChecksPrompts):
             self._guide.check_prompt(prompt)
+
+    @property
+    def max_length(self) -> int:
+        return max_length_of(self._guide)
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Start nothing: which rows are open is not known yet."""

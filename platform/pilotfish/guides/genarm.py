@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pilotfish.config import Config
 from pilotfish.context import Context
-from pilotfish.guides.base import LogprobSource, Stage, Step
+from pilotfish.guides.base import LogprobSource, Stage, Step, max_length_of
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost
 
@@ -39,6 +39,10 @@ class GenARMGuide:
         cls, folder: str | Path, card: GuideCard, settings: Config, host: GuideHost
     ) -> "GenARMGuide":
         return cls(host.load_source(folder))
+
+    @property
+    def max_length(self) -> int:
+        return max_length_of(self.source)
 
     def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
         return self.source.begin(contexts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pilotfish.config import Config
 from pilotfish.context import Context
-from pilotfish.guides.base import LogprobSource, Stage, Step
+from pilotfish.guides.base import LogprobSource, Stage, Step, max_length_of
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
 
@@ -53,6 +53,10 @@ class ProxyTuningGuide:
             host.load_lm(beside(folder, settings.expert)),
             host.load_lm(beside(folder, settings.anti_expert)),
         )
+
+    @property
+    def max_length(self) -> int:
+        return max_length_of(self._expert, self._anti_expert)
 
     def begin(self, contexts: Sequence[Context]) -> tuple[Callable[[], Tensor], ...]:
         return self._expert.begin(contexts), self._anti_expert.begin(contexts)

@@ -92,7 +92,7 @@ class TransferQGuide:
         self._readers = [reward] if baseline_reward is None else [reward, baseline_reward]
         self._settings = settings
         self._end_ids = end_ids
-        self._max_length = min(one.max_length for one in (rollout, *self._readers))
+        self.max_length = min(one.max_length for one in (rollout, *self._readers))
         # Rows have keys from 0 on; those of rollouts only have to differ.
         self._keys = itertools.count(-1, -1)
 
@@ -189,7 +189,7 @@ class TransferQGuide:
     def _branch(self, context: Context, token: int, noise_key: int) -> list[Rollout]:
         """The rollouts of one candidate, not grown yet; a single text where the token ends it."""
         ids, ends = [*context.token_ids, token], token in self._end_ids
-        longest = min(len(ids) + self._settings.most_tokens, self._max_length)
+        longest = min(len(ids) + self._settings.most_tokens, self.max_length)
         return [
             Rollout(
                 Context(next(self._keys), context.prompt, ids.copy(), parent=context.key),

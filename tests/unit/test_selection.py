@@ -98,7 +98,7 @@ def test_without_a_seed_drafts_differ_from_call_to_call(root: Path) -> None:
     [
         ({"num_drafts": 0}, "num_drafts: Input should be greater than 0"),
         ({"inverse_temperature": -1}, "inverse_temperature: Input should be greater than or equal"),
-        ({"pool_length": 3.0}, "pool_length is 3.0, but pooling is 'last'"),
+        ({"pool_length": 3.0}, "pool_length is 3.0, but pooling 'last'"),
         ({"block_tokens": 3}, "block_tokens: unknown key"),
     ],
 )

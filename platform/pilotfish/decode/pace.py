@@ -104,7 +104,7 @@ def _for_sequence(one: Running, plan: int) -> int:
     """Drafts of one sequence: no more than it may use, nor than are likely to be kept."""
     if one.request.draft is None:
         return 0
-    k = min(plan, one.request.draft.num_tokens, one.num_left - 1)
+    k = max(0, min(plan, one.request.draft.num_tokens, one.num_left - 1))
     while k > 0 and one.accepted**k < _HOPELESS:
         k -= 1
     return k

@@ -100,6 +100,7 @@ def _check_card(card: GuideCard, name: str) -> None:
 
 def load_guide(folder: str | Path, card: GuideCard, host: GuideHost) -> Guide:
     """Load the guide of a folder whose card was checked, prompted and gated as the card says."""
+    _check_card(card, str(folder))
     kind = GUIDES[card.kind]
     if host.remote is not None:
         check_remote(card, str(folder))

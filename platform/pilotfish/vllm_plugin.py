@@ -26,10 +26,11 @@ from torch import Tensor
 
 from pilotfish.config import Config, parse
 from pilotfish.context import Context, Prompt
-from pilotfish.decode.batch import Tilt
+from pilotfish.decode import tilting
+from pilotfish.decode.tilting import Tilt
 from pilotfish.errors import ConfigError, PromptError
 from pilotfish.guides import check_guide
-from pilotfish.guides.base import Step, TokenGuide
+from pilotfish.guides.base import TokenGuide
 from pilotfish.guides.gate import Gated
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.models.causal_lm import CausalLM
@@ -153,19 +154,9 @@ class GuidedBatch:
         if self._plan is None:
             self._plan = self._make_plan(logits_BV.device)
         rows_R, contexts, tilts = self._plan
-        picked = [tilt.pick(contexts) for tilt in tilts]
-        evidence = [
-            self._guides[tilt.guide].begin(own) for tilt, own in zip(tilts, picked, strict=True)
-        ]
-        base_RV = law_RV = logits_BV[rows_R, : self._vocab_size].log_softmax(-1)
-        for tilt, own, found in zip(tilts, picked, evidence, strict=True):
-            guide, some = self._guides[tilt.guide], tilt.rows
-            if some is None:
-                step = Step(own, tilt.weights_R, base_RV=base_RV)
-                law_RV = guide.tilt(law_RV, step, found)
-            else:
-                step = Step(own, tilt.weights_R, base_RV=base_RV[some])
-                law_RV = law_RV.index_copy(0, some, guide.tilt(law_RV[some], step, found))
+        begun = tilting.begin(self._guides, tilts, contexts)
+        base_RV = logits_BV[rows_R, : self._vocab_size].log_softmax(-1)
+        law_RV, _ = tilting.apply(self._guides, begun, base_RV, None)
         logits_BV[rows_R, : self._vocab_size] = law_RV
         logits_BV[rows_R, self._vocab_size :] = -torch.inf
         return logits_BV

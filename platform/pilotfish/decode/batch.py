@@ -7,31 +7,14 @@ its present position and behind each of its drafts.
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from pilotfish.context import Context
 from pilotfish.decode.running import Running
 from pilotfish.decode.sampling import SamplingBatch
-
-
-class Tilt:
-    """One guide's turn, on the rows that have it at this place of their chains."""
-
-    def __init__(self, guide: str, entries: Sequence[tuple[int, float]], num_rows: int) -> None:
-        """`entries` are pairs of row and weight."""
-        self.guide = guide
-        self.places = [row for row, _ in entries]
-        self.rows = None if len(entries) == num_rows else torch.tensor(self.places)
-        """Row indices, or None for all of them: then nothing is gathered."""
-        self.weights_R = torch.tensor([weight for _, weight in entries], dtype=torch.float64)
-
-    def to(self, device: torch.device) -> "Tilt":
-        self.weights_R = self.weights_R.to(device)
-        if self.rows is not None:
-            self.rows = self.rows.to(device)
-        return self
-
-    def pick(self, contexts: Sequence[Context]) -> Sequence[Context]:
-        return contexts if self.rows is None else [contexts[row] for row in self.places]
+from pilotfish.decode.tape import Tape
+from pilotfish.decode.tilting import Tilt
+from pilotfish.noise import Purpose
 
 
 class Batch:
@@ -66,6 +49,13 @@ class Batch:
         return [
             first[owner] + offset for owner, offset in zip(self.owners, self.offsets, strict=True)
         ]
+
+    def numbers(
+        self, tape: Tape, rows: Sequence[int], positions: Sequence[int], purpose: Purpose
+    ) -> Tensor:
+        """Return the numbers that decide some rows' draws [R]; `positions` are of all rows."""
+        owners = [self.owners[row] for row in rows]
+        return tape.read(owners, [positions[row] for row in rows], purpose).to(self.device)
 
     def contexts(self, chains: Mapping[int, Sequence[Context]]) -> list[Context]:
         """Return each row's context; `chains` holds those of drafted sequences, draft by draft."""

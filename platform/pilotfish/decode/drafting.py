@@ -67,10 +67,9 @@ class Proposals:
     """By sequence: its context, then the same behind each of its drafted tokens."""
     laws: list[Tensor]
     """Per group: the drafter's law at each of its rows [R, V]."""
-    tokens: list[Tensor]
-    """Per group: the token the drafter takes at each of its rows [R]."""
     heard: dict[int, list[int]]
-    """The same by sequence, the last one said too late to be checked in this round."""
+    """By sequence: the token the drafter takes at each of its rows, the last one said too late to
+    be checked in this round."""
 
 
 class Drafting:
@@ -84,20 +83,23 @@ class Drafting:
         self._batch = batch
         self._groups = [(drafters[name], _Group(batch, at)) for name, at in by_name.items()]
 
+        num_rows = sum(len(group.rows) for _, group in self._groups)
+        self.covers_all = num_rows == len(batch.owners)
+        """Whether every row has a drafter, so that nothing is drawn from the guided law alone."""
+
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def propose(self, tape: Tape) -> Proposals:
+    def propose(self, tape: Tape, positions: Sequence[int]) -> Proposals:
         """Let every drafter speak, ending with its law behind its own last token."""
-        said = Proposals({}, [], [], {})
-        positions = self._batch.positions()
+        said = Proposals({}, [], {})
         for lm, group in self._groups:
             said.chains.update(self._speak(lm, group, positions, tape))
             contexts = [context for place in group.places for context in said.chains[place]]
             law = lm.forward(contexts, remember=True)
             law_RV, powered_RV = group.turn.law(law.logprobs_RV)
             said.laws.append(law_RV)
-            numbers_R = self._numbers(group.rows, positions, Purpose.DRAFT, tape)
+            numbers_R = self._batch.numbers(tape, group.rows, positions, Purpose.DRAFT)
             late_R = group.turn.sampling.settle(invert_cdf(law_RV, numbers_R), powered_RV)
             # What was said stays said: a second look at the same law may differ in the last bit.
             late, row = late_R.tolist(), 0
@@ -105,8 +107,6 @@ class Drafting:
                 words = [context.token_ids[-1] for context in said.chains[place][1:]]
                 row += len(words) + 1
                 said.heard[place] = [*words, late[row - 1]]
-            heard = [word for place in group.places for word in said.heard[place]]
-            said.tokens.append(torch.tensor(heard, device=self._batch.device))
         return said
 
     def _speak(
@@ -117,32 +117,32 @@ class Drafting:
         chains = {place: [batch.live[place]] for place in group.places}
         for speaking, rows, turn in group.rounds:
             law = lm.forward([chains[place][-1] for place in speaking], remember=True)
-            numbers_R = self._numbers(rows, positions, Purpose.DRAFT, tape)
+            numbers_R = batch.numbers(tape, rows, positions, Purpose.DRAFT)
             tokens = turn.draw(law.logprobs_RV, numbers_R).tolist()
             for place, token in zip(speaking, tokens, strict=True):
                 chain = chains[place]
                 chain.append(replace(chain[0], token_ids=[*chain[-1].token_ids, token]))
         return chains
 
-    def _numbers(
-        self, rows: Sequence[int], positions: Sequence[int], purpose: Purpose, tape: Tape
+    def couple(
+        self,
+        drawn_R: Tensor,
+        target_RV: Tensor,
+        said: Proposals,
+        tape: Tape,
+        positions: Sequence[int],
     ) -> Tensor:
-        owners = [self._batch.owners[row] for row in rows]
-        at = [positions[row] for row in rows]
-        return tape.read(owners, at, purpose).to(self._batch.device)
-
-    def couple(self, drawn_R: Tensor, target_RV: Tensor, said: Proposals, tape: Tape) -> Tensor:
         """Replace the tokens of drafted rows [R] by ones coupled with what the drafters said."""
-        positions = self._batch.positions()
-        answers = zip(self._groups, said.laws, said.tokens, strict=True)
-        for (_, group), law_RV, tokens_R in answers:
+        batch = self._batch
+        for (_, group), law_RV in zip(self._groups, said.laws, strict=True):
             own_RV = target_RV[group.rows_R]
+            heard = [word for place in group.places for word in said.heard[place]]
             found_R = couple(
                 group.turn.sampling.probs(own_RV),
                 law_RV,
-                tokens_R,
-                self._numbers(group.rows, positions, Purpose.ACCEPT, tape),
-                self._numbers(group.rows, positions, Purpose.RESIDUAL, tape),
+                torch.tensor(heard, device=batch.device),
+                batch.numbers(tape, group.rows, positions, Purpose.ACCEPT),
+                batch.numbers(tape, group.rows, positions, Purpose.RESIDUAL),
             )
             found_R = group.turn.sampling.settle(found_R, own_RV)
             drawn_R = drawn_R.index_copy(0, group.rows_R, found_R)

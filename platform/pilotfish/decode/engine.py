@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pilotfish.decode import tilting
 from pilotfish.decode.batch import Batch
 from pilotfish.decode.detokenize import TextStream
 from pilotfish.decode.drafting import Drafting, Proposals
@@ -22,10 +22,10 @@ from pilotfish.decode.running import Running
 from pilotfish.decode.scheduler import Scheduler
 from pilotfish.decode.sequence import Request, TokenEvent
 from pilotfish.decode.tape import Tape
-from pilotfish.decode.telemetry import Reading, Tilted, read
+from pilotfish.decode.telemetry import Reading, read
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides.base import ChecksPrompts, Evidence, Step, TokenGuide, max_length_of
-from pilotfish.models.causal_lm import CausalLM, NextToken
+from pilotfish.guides.base import ChecksPrompts, TokenGuide, max_length_of
+from pilotfish.models.causal_lm import CausalLM
 from pilotfish.noise import Purpose
 
 
@@ -164,20 +164,22 @@ class Engine:
         if not self._scheduler.running:
             return []
         batch, drafting = self._plan()
-        assert self._tape is not None
+        tape = self._tape
+        assert tape is not None
         self._pace.start()
-        said = drafting.propose(self._tape) if drafting else None
+        positions = batch.positions()
+        said = drafting.propose(tape, positions) if drafting else None
         contexts = batch.contexts(said.chains if said is not None else {})
-        picked = [tilt.pick(contexts) for tilt in batch.tilts]
-        begun = [
-            self.guides[tilt.guide].begin(own)
-            for tilt, own in zip(batch.tilts, picked, strict=True)
-        ]
+        begun = tilting.begin(self.guides, batch.tilts, contexts)
         law = self.base.forward(contexts)
-        guided_RV, done = self._tilt(batch, law, list(zip(picked, begun, strict=True)))
-        tokens_R = batch.sampling.draw(guided_RV, self._numbers(batch))
+        guided_RV, done = tilting.apply(self.guides, begun, law.logprobs_RV, law.hidden_RD)
+        if drafting.covers_all:
+            tokens_R = torch.zeros(len(contexts), dtype=torch.long, device=batch.device)
+        else:
+            numbers_R = batch.numbers(tape, range(len(contexts)), positions, Purpose.SAMPLE)
+            tokens_R = batch.sampling.draw(guided_RV, numbers_R)
         if said is not None:
-            tokens_R = drafting.couple(tokens_R, guided_RV, said, self._tape)
+            tokens_R = drafting.couple(tokens_R, guided_RV, said, tape, positions)
         readings = read(law.logprobs_RV, guided_RV, tokens_R, done)
         self._pace.stop()
         return self._emit(batch, readings, said)
@@ -192,32 +194,6 @@ class Engine:
             batch = Batch(running, num_drafts, self.base.device)
             self._batches[num_drafts] = batch, Drafting(batch, self.drafters)
         return self._batches[num_drafts]
-
-    def _numbers(self, batch: Batch) -> Tensor:
-        assert self._tape is not None
-        numbers_R = self._tape.read(batch.owners, batch.positions(), Purpose.SAMPLE)
-        return numbers_R.to(self.base.device)
-
-    def _tilt(
-        self,
-        batch: Batch,
-        law: NextToken,
-        begun: Sequence[tuple[Sequence, Evidence]],
-    ) -> tuple[Tensor, list[Tilted]]:
-        guided_RV, done = law.logprobs_RV, []
-        for tilt, (contexts, evidence) in zip(batch.tilts, begun, strict=True):
-            rows = tilt.rows
-            if rows is None:
-                before_RV, hidden_RD, base_RV = guided_RV, law.hidden_RD, law.logprobs_RV
-            else:
-                before_RV, hidden_RD = guided_RV[rows], law.hidden_RD[rows]
-                first = guided_RV is law.logprobs_RV
-                base_RV = before_RV if first else law.logprobs_RV[rows]
-            step = Step(contexts, tilt.weights_R, hidden_RD, base_RV)
-            after_RV = self.guides[tilt.guide].tilt(before_RV, step, evidence)
-            done.append(Tilted(tilt, step, before_RV, after_RV))
-            guided_RV = after_RV if rows is None else guided_RV.index_copy(0, rows, after_RV)
-        return guided_RV, done
 
     def _emit(
         self, batch: Batch, readings: Sequence[Reading], said: Proposals | None
@@ -237,7 +213,7 @@ class Engine:
             if events[-1].finish_reason is not None:
                 ended.append(place)
         if said is not None:
-            self.draft_stats.speed_up = self._pace.speed_up(batch.running)
+            self.draft_stats.speed_up = self._pace.speed_up
         for place in reversed(ended):
             self._release(self._scheduler.remove(place))
         if ended:

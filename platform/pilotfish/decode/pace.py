@@ -42,6 +42,9 @@ class Pace:
         self._num_rounds = 0
         self._started = 0.0
         self._kind: tuple[int, int] | None = None
+        self.speed_up: float | None = None
+        """Of the best pace over not drafting, by the rounds measured lately and the share of drafts
+        kept; None until both were tried."""
 
     def choose(self, running: Sequence[Running]) -> list[int]:
         """Return how many tokens to draft for each sequence."""
@@ -55,20 +58,6 @@ class Pace:
         plan = self._plan(bucket, options, drafting)
         self._kind = (bucket, plan)
         return [_for_sequence(one, plan) for one in running]
-
-    def speed_up(self, running: Sequence[Running]) -> float | None:
-        """Return how many times faster the best pace is than not drafting, for such a batch.
-
-        From measured rounds and the share of drafts kept lately; None until both were tried.
-        """
-        drafting = [one for one in running if one.request.draft is not None]
-        bucket = len(running).bit_length()
-        rates = {
-            k: _expected(k, drafting) / timing.seconds
-            for (size, k), timing in self._timings.items()
-            if size == bucket and timing.seconds > 0
-        }
-        return max(rates.values()) / rates[0] if drafting and 0 in rates else None
 
     def start(self) -> None:
         self._started = time.perf_counter()
@@ -87,7 +76,10 @@ class Pace:
             return untried[0]
         if self._num_rounds % _RETRY_EVERY < _TRIES:
             return options[self._num_rounds // _RETRY_EVERY % len(options)]
-        return max(options, key=lambda k: _expected(k, drafting) / timings[k].seconds)
+        rates = {k: _expected(k, drafting) / timings[k].seconds for k in options}
+        best = max(rates, key=rates.__getitem__)
+        self.speed_up = rates[best] / rates[0]
+        return best
 
 
 def _options(most: int) -> list[int]:

@@ -9,18 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pilotfish.decode.batch import Tilt
-from pilotfish.guides.base import Step
-
-
-@dataclass(frozen=True, slots=True)
-class Tilted:
-    """What one guide did to its rows."""
-
-    tilt: Tilt
-    step: Step
-    before_RV: Tensor
-    after_RV: Tensor
+from pilotfish.decode.tilting import Tilted
 
 
 @dataclass(frozen=True, slots=True)

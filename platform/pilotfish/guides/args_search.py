@@ -6,9 +6,9 @@ K candidates per row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pilotfish.config import Config
@@ -16,33 +16,24 @@ from pilotfish.context import Context
 from pilotfish.guides.base import Stage, Step, max_length_of
 from pilotfish.guides.candidates import (
     CandidateRewards,
-    check_pooling,
     tilt_candidates,
     top_candidates,
     values_in_chunks,
 )
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
-from pilotfish.models.reward import Pooling
+from pilotfish.models.reward import RewardReading
 
 
-class ARGSSettings(Config):
+class ARGSSettings(RewardReading):
     """Where the reward model is, how it is read, and how many tokens it sees."""
 
     reward: str = "."
     """Folder or hub id of a reward model over the base's token ids; "." is the guide's folder."""
     num_candidates: PositiveInt = 10
     """`k` of the paper."""
-    pooling: Pooling = "last"
-    pool_length: PositiveFloat = 1.0
-    """How the reward is read from the model: see `RewardModel`."""
     chunk_size: PositiveInt | None = None
     """Candidates per row and forward. None is all of them: fastest, if they fit in memory."""
-
-    @model_validator(mode="after")
-    def _check_pooling(self) -> Self:
-        check_pooling(self.pooling, self.pool_length)
-        return self
 
 
 class ARGSGuide:
@@ -79,11 +70,7 @@ class ARGSGuide:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: ARGSSettings, host: GuideHost
     ) -> "ARGSGuide":
-        reward = host.load_reward(
-            beside(folder, settings.reward),
-            pooling=settings.pooling,
-            pool_length=settings.pool_length,
-        )
+        reward = host.load_reward(beside(folder, settings.reward), settings)
         return cls(reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
 
     @property

@@ -6,59 +6,42 @@ Shapes: N drafts.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt
 
 from pilotfish.config import Config
 from pilotfish.context import Prompt
 from pilotfish.errors import ConfigError, PromptError
 from pilotfish.guides.base import Draft, Stage
-from pilotfish.guides.candidates import check_pooling
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
 from pilotfish.guides.scoring import DraftScorer, RewardScorer, scores_of
-from pilotfish.models.reward import Pooling
+from pilotfish.models.reward import RewardReading
 from pilotfish.noise import invert_cdf
 
 
-class BestOfNSettings(Config):
+class BestOfNSettings(RewardReading):
     """What a best-of-N card says beside its kind."""
 
     reward: str = "."
     """Folder or hub id of a reward model over the base's token ids; "." is the guide's folder."""
-    pooling: Pooling = "last"
-    pool_length: PositiveFloat = 1.0
-    """How the reward is read from the model: see `RewardModel`."""
     num_drafts: PositiveInt = 16
     inverse_temperature: NonNegativeFloat | None = None
     """None keeps the best; a number b draws among the drafts in proportion to exp(b * reward)."""
 
-    @model_validator(mode="after")
-    def _check_pooling(self) -> Self:
-        check_pooling(self.pooling, self.pool_length)
-        return self
 
-
-class BlockwiseSettings(Config):
+class BlockwiseSettings(RewardReading):
     """What the card of controlled decoding by blocks says beside its kind."""
 
     value: str = "."
     """Folder or hub id of a value model (a sequence classifier with one label, trained on prefixes)
     over the base's token ids; "." is the guide's folder."""
-    pooling: Pooling = "last"
-    pool_length: PositiveFloat = 1.0
-    """How the value is read from the model: see `RewardModel`."""
     num_drafts: PositiveInt = 4
     """`K` of the paper."""
     block_tokens: PositiveInt = 16
     """`M` of the paper."""
-
-    @model_validator(mode="after")
-    def _check_pooling(self) -> Self:
-        check_pooling(self.pooling, self.pool_length)
-        return self
 
 
 class BestOfN:
@@ -100,11 +83,7 @@ class BestOfN:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: BestOfNSettings, host: GuideHost
     ) -> "BestOfN":
-        rewards = host.load_reward(
-            beside(folder, settings.reward),
-            pooling=settings.pooling,
-            pool_length=settings.pool_length,
-        )
+        rewards = host.load_reward(beside(folder, settings.reward), settings)
         return cls(
             RewardScorer(rewards),
             num_drafts=settings.num_drafts,
@@ -168,8 +147,7 @@ class BlockwiseCD:
     ) -> "BlockwiseCD":
         values = host.load_reward(
             beside(folder, settings.value),
-            pooling=settings.pooling,
-            pool_length=settings.pool_length,
+            settings,
             # Room for the beginnings that were just looked at, since the next ones share them.
             num_slots=2 * max(host.num_slots, settings.num_drafts),
         )

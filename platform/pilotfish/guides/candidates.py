@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pilotfish.context import Context
-from pilotfish.models.reward import Pooling
 
 
 class CandidateRewards(Protocol):
@@ -59,12 +58,3 @@ def tilt_candidates(
     )
     nothing_RV = torch.full_like(logprobs_RV, -torch.inf)
     return nothing_RV.scatter_(1, candidates_RK, tilted_RK.log_softmax(-1))
-
-
-def check_pooling(pooling: Pooling, pool_length: float) -> None:
-    """Raise `ValueError` for a length that nothing would be divided by: for settings to call."""
-    if pooling == "last" and pool_length != 1:
-        raise ValueError(
-            f"pool_length is {pool_length}, but pooling 'last' reads one token and divides by "
-            "nothing. Set pooling: pooled, or leave pool_length out"
-        )

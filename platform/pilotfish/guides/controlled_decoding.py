@@ -7,9 +7,9 @@ vocabulary, K candidates per row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pilotfish.config import Config
@@ -17,17 +17,16 @@ from pilotfish.context import Context
 from pilotfish.guides.base import Stage, Step, max_length_of
 from pilotfish.guides.candidates import (
     CandidateRewards,
-    check_pooling,
     tilt_candidates,
     top_candidates,
     values_in_chunks,
 )
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
-from pilotfish.models.reward import Pooling
+from pilotfish.models.reward import RewardReading
 
 
-class ControlledDecodingSettings(Config):
+class ControlledDecodingSettings(RewardReading):
     """Where the value model is, how it is read, and how many tokens it sees."""
 
     value: str = "."
@@ -35,16 +34,8 @@ class ControlledDecodingSettings(Config):
     over the base's token ids; "." is the guide's folder."""
     num_candidates: PositiveInt | None = 40
     """None is the whole vocabulary, for small ones."""
-    pooling: Pooling = "last"
-    pool_length: PositiveFloat = 1.0
-    """How the value is read from the model: see `RewardModel`."""
     chunk_size: PositiveInt | None = None
     """Candidates per row and forward. None is all of them: fastest, if they fit in memory."""
-
-    @model_validator(mode="after")
-    def _check_pooling(self) -> Self:
-        check_pooling(self.pooling, self.pool_length)
-        return self
 
 
 class ControlledDecodingGuide:
@@ -83,11 +74,7 @@ class ControlledDecodingGuide:
         settings: ControlledDecodingSettings,
         host: GuideHost,
     ) -> "ControlledDecodingGuide":
-        value = host.load_reward(
-            beside(folder, settings.value),
-            pooling=settings.pooling,
-            pool_length=settings.pool_length,
-        )
+        value = host.load_reward(beside(folder, settings.value), settings)
         return cls(value, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
 
     @property

@@ -13,7 +13,7 @@ from pilotfish.errors import CheckpointError, ConfigError
 from pilotfish.guides.base import LogprobSource, TextModel
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import Dtype, load_frozen, load_frozen_scorer, load_tokenizer
-from pilotfish.models.reward import Pooling, RewardModel
+from pilotfish.models.reward import RewardModel, RewardReading
 from pilotfish.models.vocab import check_same_vocab, fingerprint
 
 OpenTextModel: TypeAlias = Callable[[CausalLM, PreTrainedTokenizerBase, frozenset[int]], TextModel]
@@ -55,9 +55,8 @@ class GuideHost:
     def load_reward(
         self,
         folder: str | Path,
+        reading: RewardReading,
         *,
-        pooling: Pooling = "last",
-        pool_length: float = 1.0,
         num_slots: int | None = None,
     ) -> RewardModel:
         """Load a reward or value model over the base's token ids.
@@ -67,8 +66,8 @@ class GuideHost:
         self.load_tokenizer(folder)
         rewards = RewardModel(
             load_frozen_scorer(folder, device=self.device, dtype=self.dtype),
-            pooling=pooling,
-            pool_length=pool_length,
+            pooling=reading.pooling,
+            pool_length=reading.pool_length,
             num_slots=num_slots or self.num_slots,
         )
         self.lms.append(rewards)

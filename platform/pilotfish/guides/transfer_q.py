@@ -106,8 +106,7 @@ class TransferQGuide:
         def load_reward(path: str) -> RewardModel:
             return host.load_reward(
                 beside(folder, path),
-                pooling=settings.pooling,
-                pool_length=settings.pool_length,
+                settings,
                 num_slots=num_slots,
             )
 

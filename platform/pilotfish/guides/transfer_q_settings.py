@@ -5,15 +5,13 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validates
 
-from pilotfish.config import Config
-from pilotfish.guides.candidates import check_pooling
-from pilotfish.models.reward import Pooling
+from pilotfish.models.reward import RewardReading
 
 _PUBLISHED_TOKENS = {"direct": 20, "indirect": 5}
 """Lengths of the rollouts in the authors' program."""
 
 
-class TransferQSettings(Config):
+class TransferQSettings(RewardReading):
     """The models, and how the value of a token is estimated with them."""
 
     rollout: str
@@ -43,9 +41,6 @@ class TransferQSettings(Config):
     """Do as the authors' program does: proposals from the rollout LM, one greedy rollout of 20
     tokens (direct) or 5 (indirect), indirect weights `exp((r - r_BL) / 2)` that do not sum to one.
     """
-    pooling: Pooling = "last"
-    pool_length: PositiveFloat = 1.0
-    """How rewards are read from the reward models: see `RewardModel`."""
     rollout_slots: PositiveInt = 256
     """Continuations that run at a time, over all rows. Each holds its keys and values in memory."""
     seed: int = Field(default=0, ge=0, lt=2**64)
@@ -70,7 +65,6 @@ class TransferQSettings(Config):
 
     @validates(mode="after")
     def _check(self) -> Self:
-        check_pooling(self.pooling, self.pool_length)
         self._check_mode()
         if self.reference_parity:
             self._check_parity()

@@ -89,11 +89,8 @@ class Body:
             return self._in_parts(asks, limit, remember=remember)
         for context in self._placement.leaders([ask.context for ask in asks]):
             self.prefill(context, self.max_length)
-        self._place(asks, limit)
+        by_slot = self._place(asks, limit)
         rows = self._placement.rows[: len(asks)]
-        by_slot: list[Ask] = [asks[0]] * len(asks)
-        for ask in asks:
-            by_slot[self._placement.slot(ask.context.key)] = ask
         self._promote(rows, by_slot)
         starts = [first_unknown(row, ask) for row, ask in zip(rows, by_slot, strict=True)]
         for row, start in zip(rows, starts, strict=True):
@@ -130,9 +127,8 @@ class Body:
         limit = self._limit(asks, extra=widest + _MERGED)
         if len(asks) > limit:
             return self._candidates_in_parts(contexts, candidates_RK, limit)
-        self._place(asks, limit)
+        by_slot = self._place(asks, limit)
         rows = self._placement.rows[: len(asks)]
-        by_slot = sorted(asks, key=lambda ask: self._placement.slot(ask.context.key))
         self._promote(rows, by_slot)
         tokens = [ask.context.token_ids for ask in by_slot]
         behind = [
@@ -184,9 +180,11 @@ class Body:
             )
         return self.rows_at(longest + extra)
 
-    def _place(self, asks: Sequence[Ask], limit: int) -> None:
+    def _place(self, asks: Sequence[Ask], limit: int) -> list[Ask]:
+        """Bring the rows to slots 0.. and return the asks in the order of their slots."""
         contexts = [ask.context for ask in asks]
         self._placement.place(contexts, num_slots=limit, device=self.device)
+        return sorted(asks, key=lambda ask: self._placement.slot(ask.context.key))
 
     def _in_parts(self, asks: Sequence[Ask], limit: int, *, remember: bool) -> Tensor:
         """More sequences than slots: some caches are lost on the way, no answer is."""

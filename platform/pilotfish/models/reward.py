@@ -4,17 +4,35 @@ Shapes: R rows (contexts), K candidates per row, D hidden size.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pilotfish.config import Config
 from pilotfish.context import Context
 from pilotfish.errors import ConfigError
 from pilotfish.models.body import Body
 
 Pooling = Literal["last", "pooled"]
+
+
+class RewardReading(Config):
+    """How a reward is read from a model: see `RewardModel`."""
+
+    pooling: Pooling = "last"
+    pool_length: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _check_pooling(self) -> Self:
+        if self.pooling == "last" and self.pool_length != 1:
+            raise ValueError(
+                f"pool_length is {self.pool_length}, but pooling 'last' reads one token and "
+                "divides by nothing. Set pooling: pooled, or leave pool_length out"
+            )
+        return self
 
 
 class RewardModel:

@@ -2,20 +2,18 @@
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
 
 from pilotfish.errors import CheckpointError
-from pilotfish.train.export import save_model
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +22,12 @@ MODEL_FOLDER = "model"
 
 @dataclass(slots=True)
 class Position:
-    """How far a run has come. Batches follow from the step alone (see `BatchPlan`)."""
+    """How far a run has come."""
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    """What the trainee keeps beside its engine; the same on every worker."""
 
 
 class Checkpointer:
@@ -36,9 +36,10 @@ class Checkpointer:
     Ray Train merges the workers' folders into one; the names of their files do not collide.
     """
 
-    def __init__(self, engine: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, engine: Any, write_model: Callable[[Path], None]) -> None:
+        """`write_model` writes the finished model into a folder; every worker calls it."""
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._write_model = write_model
         self._rank = dist.get_rank()
 
     def resume(self) -> Position | None:
@@ -47,7 +48,8 @@ class Checkpointer:
         if checkpoint is None:
             return None
         with checkpoint.as_directory() as folder:
-            path, client = self._engine.load_checkpoint(folder)
+            # What is frozen is not in there.
+            path, client = self._engine.load_checkpoint(folder, load_module_strict=False)
             if path is None or client is None:
                 raise CheckpointError(
                     f"{folder!r} holds no DeepSpeed checkpoint. Train with force=true to start "
@@ -55,23 +57,22 @@ class Checkpointer:
                 )
             self._restore_random_state(Path(folder))
         logger.info("resuming behind step %d", client["step"])
-        return Position(client["step"], client["history"])
+        return Position(client["step"], client["history"], client["state"])
 
     @contextmanager
     def write(self, position: Position, *, export: bool) -> Iterator[str]:
         """Give a folder that holds this worker's part; with `export`, the finished model too."""
         with tempfile.TemporaryDirectory(prefix="pilotfish-checkpoint-") as folder:
-            client = {"step": position.step, "history": position.history}
-            self._engine.save_checkpoint(folder, tag=f"step_{position.step}", client_state=client)
+            self._engine.save_checkpoint(
+                folder,
+                tag=f"step_{position.step}",
+                client_state=asdict(position),
+                exclude_frozen_parameters=True,
+            )
             torch.save(_random_state(), self._random_state_path(Path(folder)))
             if export:
-                self._export(Path(folder) / MODEL_FOLDER)
+                self._write_model(Path(folder) / MODEL_FOLDER)
             yield folder
-
-    def _export(self, folder: Path) -> None:
-        state = gathered_state(self._engine, keep=self._rank == 0)
-        if self._rank == 0:
-            save_model(folder, self._engine.module, self._tokenizer, state=state)
 
     def _random_state_path(self, folder: Path) -> Path:
         return folder / f"random_state_{self._rank:05d}.pt"
@@ -83,17 +84,22 @@ class Checkpointer:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def gathered_state(engine: Any, *, keep: bool) -> dict[str, Tensor]:
+def gathered_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Return whole weights on the CPU, gathered from ZeRO-3 shards one by one.
+
+    Of a module with frozen weights these are the trained ones.
 
     A collective: every worker calls it, and those that do not `keep` get an empty dictionary.
     Tied weights stay one tensor.
     """
     import deepspeed  # here: the driver imports this module and has no use for it
 
+    weights = module.state_dict(keep_vars=True)
+    if not all(parameter.requires_grad for parameter in module.parameters()):
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
-    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+    for name, tensor in weights.items():
         sharded = [tensor] if hasattr(tensor, "ds_id") else []
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             if keep:

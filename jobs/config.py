@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+)
 from pydantic import model_validator as validates
 
 from jobs.cluster import check_root
+from jobs.frozen_base import FrozenBaseConfig
 from pilotfish.config import Config
 from pilotfish.data.collate import LengthLimits
 from pilotfish.data.sources import DataSource
@@ -17,13 +26,27 @@ from pilotfish.errors import ConfigError
 from pilotfish.train import deepspeed_config
 from pilotfish.train.config import TrainConfig
 from pilotfish.train.export import read_record
-from pilotfish.train.objectives import ObjectiveConfig
+from pilotfish.train.objectives import OBJECTIVES, SupervisedConfig
 
 
 class BPEConfig(Config):
     """A byte-level BPE trained on the training rows."""
 
     vocab_size: PositiveInt = 2048
+
+
+class LoRA(Config):
+    """Low-rank adapters in place of whole weights; they are merged when the model is written.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    """The adapter's output counts `alpha / rank` times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Names of the linear layers that get an adapter."""
 
 
 class ModelConfig(Config):
@@ -36,6 +59,8 @@ class ModelConfig(Config):
     """`kitchen`, a folder or hub id, or a BPE to train. Default: the one beside `init`."""
     base: str | None = None
     """The base a guide is for, as its card will name it. Default: `init`."""
+    lora: LoRA | None = None
+    """Train adapters alone; needs the package peft."""
 
     @validates(mode="after")
     def _check_tokenizer(self) -> Self:
@@ -43,6 +68,11 @@ class ModelConfig(Config):
             raise ValueError("init is an architecture, so tokenizer must say how text becomes ids")
         if isinstance(self.init, dict) and "model_type" not in self.init:
             raise ValueError("init is an architecture without model_type (such as llama)")
+        if isinstance(self.init, dict) and self.lora is not None:
+            raise ValueError(
+                "init is an architecture, and adapters on untrained weights learn "
+                "nothing. Give a model folder as init, or leave lora out"
+            )
         return self
 
 
@@ -114,13 +144,23 @@ class JobConfig(Config):
     """The model or guide folder to write."""
     seed: NonNegativeInt = 0
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: SupervisedConfig
+    base: FrozenBaseConfig | None = None
+    """The frozen base, for objectives that ask it while they learn. Default: `model.base`, or what
+    the training starts from."""
     data: DataConfig
     train: TrainConfig
     scaling: Scaling = Scaling()
     tracking: TrackingConfig = TrackingConfig()
     force: bool = False
     """Train again although `output` exists."""
+
+    @property
+    def frozen_base(self) -> FrozenBaseConfig:
+        """The base beside what is trained: by default what the training starts from."""
+        base = FrozenBaseConfig() if self.base is None else self.base
+        path = base.path or self.model.base or self.model.init
+        return base.model_copy(update={"path": path})
 
     @validates(mode="after")
     def _check_deepspeed(self) -> Self:
@@ -131,6 +171,21 @@ class JobConfig(Config):
             on_cpu=not self.scaling.use_gpu,
         )
         deepspeed_config.resolve(self.train, launch)
+        return self
+
+    @validates(mode="after")
+    def _check_base(self) -> Self:
+        if not OBJECTIVES[self.objective.kind].needs_base(self.objective):
+            if self.base is not None:
+                raise ValueError(
+                    f"base is given, but the objective {self.objective.kind!r} asks "
+                    "no base while it learns. Leave base out"
+                )
+        elif not isinstance(self.frozen_base.path, str):
+            raise ValueError(
+                f"the objective {self.objective.kind!r} learns beside a frozen base, "
+                "and nothing names one. Set base.path"
+            )
         return self
 
 
@@ -153,6 +208,9 @@ def resolved(config: JobConfig) -> JobConfig:
             "base": _absolute(config.model.base),
         }
     )
+    base = config.base
+    if base is not None:
+        base = base.model_copy(update={"path": _absolute(base.path)})
     data = config.data
     if isinstance(data, RowsData):
         paths = (data.path,) if isinstance(data.path, str) else data.path
@@ -165,6 +223,7 @@ def resolved(config: JobConfig) -> JobConfig:
             "root": str(root),
             "output": str(output.resolve()),
             "model": model,
+            "base": base,
             "data": data,
             "train": train,
         }
@@ -181,13 +240,15 @@ def config_hash(config: JobConfig) -> str:
         mode="json", include={"seed", "model", "objective", "data", "train"}
     )
     content["init"] = _identity(config.model.init)
+    if OBJECTIVES[config.objective.kind].needs_base(config.objective):
+        content["frozen_base"] = _identity(config.frozen_base.path)
     content["model"]["init"] = None
     content["model"]["base"] = None
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _identity(init: str | dict[str, Any]) -> Any:
+def _identity(init: str | dict[str, Any] | None) -> Any:
     if isinstance(init, str) and Path(init).is_dir():
         record = read_record(init)
         if record is not None and "config_hash" in record:

@@ -25,6 +25,10 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     train: Sequence[TokenExample | PairExample]
     heldout: Sequence[TokenExample | PairExample]
+    warmup: Sequence[TokenExample] = ()
+    """Rows of the first steps, where those differ."""
+    warmup_share: float = 0.0
+    """Of the steps."""
 
 
 def prepare(config: JobConfig) -> tuple[Prepared, LengthReport]:

@@ -1,38 +1,107 @@
 """The model a job starts from: weights of a folder or a hub id, or an untrained architecture."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from jobs.config import ModelConfig
+from jobs.config import LoRA, ModelConfig
 from pilotfish.errors import CheckpointError, ConfigError
+from pilotfish.train.learner import LMLearner, ScoreLearner
+from pilotfish.train.objectives.base import Head
+
+_AUTO_MODEL: dict[Head, Any] = {
+    "lm": AutoModelForCausalLM,
+    "score": AutoModelForSequenceClassification,
+}
 
 
-def build_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, dtype: str
+def build_learner(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, head: Head, dtype: str
+) -> LMLearner | ScoreLearner:
+    """Return what is trained, in the given dtype. New weights follow torch's global seed."""
+    model = _build(config, tokenizer, head=head, dtype=dtype)
+    if config.lora is not None:
+        _add_lora(model, config.lora)
+    return LMLearner(model) if head == "lm" else ScoreLearner(model)
+
+
+def merged(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Mapping[str, Tensor],
+    *,
+    head: Head,
+    dtype: str,
 ) -> PreTrainedModel:
-    """Return the model in the given dtype. Untrained weights follow torch's global seed."""
+    """Return the whole model: what it started from, plus `alpha / rank * B A` of each adapter.
+
+    `adapters` are the trained tensors by name, a head that was trained whole among them.
+    """
+    assert config.lora is not None, "the caller has adapters"
+    model = _build(config, tokenizer, head=head, dtype=dtype)
+    weights = model.state_dict()
+    scale = config.lora.alpha / config.lora.rank
+    with torch.no_grad():
+        for name, down_RI in adapters.items():
+            if ".lora_A." in name:
+                up_OR = adapters[name.replace(".lora_A.", ".lora_B.")]
+                weight = weights[name.split(".lora_A.")[0] + ".weight"]
+                weight += (scale * (up_OR.float() @ down_RI.float())).to(weight)
+            elif ".lora_B." not in name:
+                weights[name].copy_(adapters[name])
+    return model
+
+
+def _build(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, head: Head, dtype: str
+) -> PreTrainedModel:
     torch_dtype = getattr(torch, dtype)
+    labels = {"num_labels": 1} if head == "score" else {}
     if isinstance(config.init, dict):
-        model = AutoModelForCausalLM.from_config(
-            architecture(config.init, tokenizer), dtype=torch_dtype
-        )
+        shape = architecture({**config.init, **labels}, tokenizer)
+        model = _AUTO_MODEL[head].from_config(shape, dtype=torch_dtype)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch_dtype)
+            model = _AUTO_MODEL[head].from_pretrained(config.init, dtype=torch_dtype, **labels)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"model.init is {config.init!r}, from which no causal LM can be loaded: {error}. "
+                f"model.init is {config.init!r}, from which no model can be loaded: {error}. "
                 "Give a model folder or a hub id, or train that model first."
             ) from error
     model.config.use_cache = True  # what is written to config.json is for decoding
+    if head == "score" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _add_lora(model: PreTrainedModel, config: LoRA) -> None:
+    """Freeze the model and add adapters to it; a new head is trained whole."""
+    from peft import LoraConfig, inject_adapter_in_model  # optional: only LoRA needs it
+
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=cast(int, config.alpha),  # a float will do
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+    try:
+        inject_adapter_in_model(lora, model)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.targets is {list(config.targets)}, which this model does not have: "
+            f"{error}. Name linear layers of the model, such as q_proj."
+        ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.startswith("score."))
 
 
 def architecture(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:

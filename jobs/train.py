@@ -41,7 +41,7 @@ from pilotfish.errors import CheckpointError, ConfigError, PilotfishError
 from pilotfish.guides.card import GuideCard, write_card
 from pilotfish.models.vocab import fingerprint
 from pilotfish.train.export import read_record, whole_folder, write_record
-from pilotfish.train.objectives import OBJECTIVES, GenARMConfig
+from pilotfish.train.objectives import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
@@ -200,18 +200,17 @@ def _record(
 def _describe(folder: Path, config: JobConfig, record: dict[str, Any]) -> None:
     """Write the training record, and for a guide its card."""
     write_record(folder, record)
-    kind = OBJECTIVES[config.objective.kind].guide_kind
-    if kind is None:
+    objective = OBJECTIVES[config.objective.kind]
+    if objective.guide_kind is None:
         return
-    objective = config.objective
     keys = ("config_hash", "run_id", "git_commit", "metrics")
     card = GuideCard(
-        kind=kind,
+        kind=objective.guide_kind,
         base=config.model.base or str(config.model.init),
         vocab=fingerprint(AutoTokenizer.from_pretrained(folder)),
-        beta_r=objective.beta_r if isinstance(objective, GenARMConfig) else None,
         dtype=config.train.dtype,
         training={key: record[key] for key in keys},
+        **objective.card(config.objective, record["metrics"]),
     )
     write_card(folder, card)
 

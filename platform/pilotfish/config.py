@@ -112,8 +112,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _describe(config_type: type[BaseModel], error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        got = f" (got {error['input']!r})" if error["type"] != "missing" else ""
-        return f"{where}: {error['msg']}{got}"
+        whole = isinstance(error["input"], dict)  # a rule about several keys, which names them
+        got = "" if whole or error["type"] == "missing" else f" (got {error['input']!r})"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}{got}" if where else f"{message}{got}"
     known = _fields_at(config_type, error["loc"][:-1])
     close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(known)}"

@@ -7,8 +7,12 @@ tokenizer and no model.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from pilotfish.chat import PromptInput, check_prompt
+from pilotfish.config import Config
 from pilotfish.errors import ConfigError, PromptError
 
 _PLACEHOLDER = re.compile(r"\{(question|answer)\}")
@@ -57,6 +61,34 @@ TEMPLATES: Mapping[str, CorrectionTemplate] = {
 }
 """Aligner's three: the paper's, that of the released models, and that of the authors' trainer. They
 differ in little, and a model trained on one is worse on the others."""
+
+
+class TemplateChoice(Config):
+    """Which template a corrector was, or is to be, taught with."""
+
+    template: Literal["paper", "released", "repo"] | None = None
+    """One of `TEMPLATES`, by its id."""
+    template_text: str | None = None
+    """A template of its own, with {question} and {answer}."""
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if (self.template is None) == (self.template_text is None):
+            raise ValueError(
+                "wanted either template (the id of the one it was trained on: "
+                f"{', '.join(TEMPLATES)}) or template_text (that text, with {{question}} and "
+                "{answer}); an Aligner asked in other words than it was taught corrects badly"
+            )
+        if self.template_text is not None:
+            CorrectionTemplate(self.template_text)
+        return self
+
+    @property
+    def correction(self) -> CorrectionTemplate:
+        if self.template is not None:
+            return TEMPLATES[self.template]
+        assert self.template_text is not None
+        return CorrectionTemplate(self.template_text)
 
 
 def question_of(prompt: PromptInput) -> str:

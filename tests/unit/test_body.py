@@ -8,7 +8,7 @@ from transformers import LlamaForSequenceClassification
 
 from pilotfish.context import Context, Prompt
 from pilotfish.models.causal_lm import CausalLM
-from pilotfish.models.reward import RewardModel
+from pilotfish.models.reward import RewardModel, RewardReading
 from tests.fakes import context, plain_logprobs, tiny_llama, tiny_reward_model
 
 
@@ -170,9 +170,9 @@ def plain_reward(model: LlamaForSequenceClassification, one: Context, pooling: s
 @pytest.mark.parametrize("num_slots", [2, 3])
 def test_rewards_of_texts_and_candidates_equal_those_of_fresh_forwards(pooling, num_slots) -> None:
     model, rng = tiny_reward_model(3), random.Random(5)
-    rewards = RewardModel(
-        model, pooling=pooling, pool_length=7, num_slots=num_slots, prefill_chunk=4
-    )
+    pooled = RewardReading(pooling="pooled", pool_length=7)
+    reading = pooled if pooling == "pooled" else RewardReading()
+    rewards = RewardModel(model, reading, num_slots=num_slots, prefill_chunk=4)
     contexts = [Context(key, Prompt(p := ids(rng, 2 + key)), list(p)) for key in range(3)]
     for _ in range(8):
         picks = torch.tensor([rng.sample(range(16), 3) for _ in contexts])

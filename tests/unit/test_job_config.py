@@ -59,7 +59,7 @@ def test_a_dry_run_prints_overrides_and_absolute_paths(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["train.learning_rat=1"], "did you mean 'learning_rate'"),
-        (["objective.kind=dpo"], "sft"),
+        (["objective.kind=dpos"], "sft"),
         (["train.deepspeed=7"], "stage from 0 to 3"),
         (["train.deepspeed=infra/no.json"], "not a file"),
         (["scaling.num_workers=3"], "3 workers"),

@@ -5,7 +5,7 @@ Shapes: B rows, T positions, P pairs (B = 2P: chosen rows, then rejected rows).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -128,6 +128,13 @@ def tokenize_demonstration(
         tokenizer, demonstration.prompt, answers, max_length=max_length, end_ids=end_ids
     )
     return example
+
+
+def collate(examples: Sequence[Any], pad_id: int) -> Any:
+    """Pad examples of one kind on the right to the longest."""
+    if isinstance(examples[0], PairExample):
+        return collate_pairs(examples, pad_id)
+    return collate_demonstrations(examples, pad_id)
 
 
 def collate_demonstrations(examples: Sequence[TokenExample], pad_id: int) -> LMBatch:

@@ -4,12 +4,12 @@ Shapes: B answers of one forward.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pilotfish import world
 from pilotfish.config import Config
@@ -19,8 +19,11 @@ from pilotfish.data.collate import (
     tokenize_demonstration,
 )
 from pilotfish.data.records import Demonstration, PromptText
-from pilotfish.errors import CheckpointError, DataError
-from pilotfish.models.loading import Dtype, load_tokenizer, pick_device
+from pilotfish.errors import DataError
+from pilotfish.guides.card import CARD_NAME, read_card
+from pilotfish.models.loading import Dtype, load_frozen_scorer, load_tokenizer, pick_device
+from pilotfish.models.reward import RewardReading, whole_rewards
+from pilotfish.train.learner import ScoreLearner
 
 
 class Reason(Config):
@@ -58,6 +61,8 @@ class ModelRewardConfig(Config):
 
     kind: Literal["model"] = "model"
     path: str
+    reading: RewardReading | None = None
+    """How it is read. Default: as its guide card says, or else plainly at the last token."""
     batch_size: PositiveInt = 16
     max_length: PositiveInt = 1024
     """Longer conversations lose their beginning."""
@@ -127,11 +132,10 @@ class ModelReward:
         self._config = config
         self._device = pick_device(device)
         self._tokenizer = load_tokenizer(config.path)
-        self._model = _load_classifier(config, self._device)
-        if self._model.config.pad_token_id is None:
-            # transformers finds the last token by what is not padding.
-            pad = self._tokenizer.pad_token_id
-            self._model.config.pad_token_id = self._tokenizer.eos_token_id if pad is None else pad
+        self._reading = config.reading or _reading_beside(config.path)
+        self._scores = ScoreLearner(
+            load_frozen_scorer(config.path, device=self._device, dtype=config.dtype)
+        )
 
     @torch.inference_mode()
     def judge(self, prompts: Sequence[PromptText], answers: Sequence[str]) -> list[Judgement]:
@@ -146,17 +150,24 @@ class ModelReward:
         rewards = [0.0] * len(examples)
         for start in range(0, len(order), self._config.batch_size):
             places = order[start : start + self._config.batch_size]
-            scores_B = self._score([examples[place] for place in places])
-            for place, reward in zip(places, scores_B.tolist(), strict=True):
+            rewards_B = self._score([examples[place] for place in places])
+            for place, reward in zip(places, rewards_B.tolist(), strict=True):
                 rewards[place] = reward
         return [Judgement(reward=reward) for reward in rewards]
 
     def _score(self, examples: Sequence[TokenExample]) -> Tensor:
-        batch = collate_demonstrations(examples, self._model.config.pad_token_id).to(self._device)
-        output = self._model(
-            input_ids=batch.token_ids_BT, attention_mask=batch.attention_mask_BT.long()
-        )
-        return output.logits[:, 0].float().cpu()
+        batch = collate_demonstrations(examples, pad_id=0).to(self._device)  # masked, so any id
+        scores_BT = self._scores(batch.token_ids_BT, batch.attention_mask_BT)
+        rewards_B = whole_rewards(scores_BT, batch.loss_mask_BT, self._reading)
+        return self._reading.normalised(rewards_B).cpu()
+
+
+def _reading_beside(path: str) -> RewardReading:
+    if not (Path(path) / CARD_NAME).is_file():
+        return RewardReading()
+    settings = read_card(path).settings
+    known = {name: settings[name] for name in RewardReading.model_fields if name in settings}
+    return RewardReading(**known)
 
 
 def _judge_in_kitchen(scene: world.Scene, answer: str) -> Judgement:
@@ -178,27 +189,3 @@ def _question(prompt: PromptText) -> world.Scene:
             "turns. Use kitchen prompts, or another reward."
         )
     return world.Scene.from_text(prompt[0]["content"])
-
-
-def _load_classifier(config: ModelRewardConfig, device: torch.device) -> PreTrainedModel:
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            config.path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot load a reward model from {config.path!r}: {error}. Give a folder or hub id of "
-            "a sequence classifier."
-        ) from error
-    if model.config.num_labels != 1:
-        raise CheckpointError(
-            f"{config.path!r} is a classifier with {model.config.num_labels} labels, wanted one: "
-            "the reward. Give a reward model."
-        )
-    model.requires_grad_(False).eval()
-    torch.nn.Module.to(model, device)  # transformers' wrapper hides its signature
-    return model

@@ -5,50 +5,27 @@ Ji et al., "Aligner: Efficient Alignment by Learning to Correct", NeurIPS 2024.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from pilotfish.config import Config
 from pilotfish.context import Prompt
-from pilotfish.correction import TEMPLATES, CorrectionTemplate, question_of
+from pilotfish.correction import TEMPLATES, CorrectionTemplate, TemplateChoice, question_of
 from pilotfish.errors import PromptError
 from pilotfish.guides.base import Stage, TextModel, Writing, Written
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost
 
 
-class AlignerSettings(Config):
+class AlignerSettings(TemplateChoice):
     """What an Aligner's card says beside its kind."""
 
-    template: Literal["paper", "released", "repo"] | None = None
-    """Which of `pilotfish.correction.TEMPLATES` it was trained on."""
-    template_text: str | None = None
-    """A template of its own, with {question} and {answer}."""
     max_tokens: PositiveInt = 2048
     """The longest answer, in the Aligner's tokens, where its model has room for that many."""
     temperature: NonNegativeFloat = 0.0
     """0 is greedy, which copies best what needs no correction."""
     seed: int = Field(default=0, ge=0, lt=2**64)
-
-    @model_validator(mode="after")
-    def _check_template(self) -> Self:
-        if (self.template is None) == (self.template_text is None):
-            raise ValueError(
-                "wanted either template (the id of the one it was trained on: "
-                f"{', '.join(TEMPLATES)}) or template_text (that text, with {{question}} and "
-                "{answer}); an Aligner asked in other words than it was taught corrects badly"
-            )
-        if self.template_text is not None:
-            CorrectionTemplate(self.template_text)
-        return self
-
-    @property
-    def correction(self) -> CorrectionTemplate:
-        if self.template is not None:
-            return TEMPLATES[self.template]
-        assert self.template_text is not None
-        return CorrectionTemplate(self.template_text)
 
 
 class AlignerGuide:

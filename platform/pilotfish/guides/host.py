@@ -66,8 +66,7 @@ class GuideHost:
         self.load_tokenizer(folder)
         rewards = RewardModel(
             load_frozen_scorer(folder, device=self.device, dtype=self.dtype),
-            pooling=reading.pooling,
-            pool_length=reading.pool_length,
+            reading,
             num_slots=num_slots or self.num_slots,
         )
         self.lms.append(rewards)

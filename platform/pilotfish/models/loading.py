@@ -35,15 +35,17 @@ def load_frozen_scorer(
     Raises `CheckpointError` for anything else.
     """
     kind = "reward model (a sequence classifier with one label)"
-    model = _load(
-        AutoModelForSequenceClassification, kind, path, device=device, dtype=dtype, num_labels=1
-    )
+    model = _load(AutoModelForSequenceClassification, kind, path, device=device, dtype=dtype)
+    if model.config.num_labels != 1:
+        raise CheckpointError(
+            f"{str(path)!r} is a classifier with {model.config.num_labels} labels, wanted a {kind}."
+        )
     if not hasattr(model, "score"):
         raise CheckpointError(f"{str(path)!r} has no linear head named `score`, wanted a {kind}.")
     return model
 
 
-def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype, **settings: Any):
+def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype):
     _check_folder(path)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -53,7 +55,6 @@ def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype, **set
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **settings,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load a {kind} from {str(path)!r}: {error}") from error

@@ -16,13 +16,11 @@ from pilotfish.context import Context
 from pilotfish.errors import ConfigError
 from pilotfish.models.body import Body
 
-Pooling = Literal["last", "pooled"]
 
+class Pooled(Config):
+    """Where in an answer its reward is read: see `RewardModel`."""
 
-class RewardReading(Config):
-    """How a reward is read from a model: see `RewardModel`."""
-
-    pooling: Pooling = "last"
+    pooling: Literal["last", "pooled"] = "last"
     pool_length: PositiveFloat = 1.0
 
     @model_validator(mode="after")
@@ -35,20 +33,52 @@ class RewardReading(Config):
         return self
 
 
+class RewardReading(Pooled):
+    """How a reward is read from a model."""
+
+    shift: float = 0.0
+    scale: PositiveFloat = 1.0
+    """The reward is (what the model says - `shift`) / `scale`; training measures both, so that
+    rewards of different models, and weights on them, are comparable."""
+
+    def normalised(self, said: Tensor) -> Tensor:
+        """Return the rewards [...] of what the model said, in float32 at least."""
+        wide = said.dtype in (torch.float32, torch.float64)
+        return ((said if wide else said.float()) - self.shift) / self.scale
+
+
+def prefix_rewards(scores_BT: Tensor, mask_BT: Tensor, reading: Pooled) -> Tensor:
+    """Return the reward [B, T] of the answer so far, at each of its tokens.
+
+    `scores_BT` is the head's output at every token; the mask is 1 on answer tokens. The head is
+    linear, so pooling its outputs is pooling the hidden states.
+    """
+    scores_BT = scores_BT.float()
+    if reading.pooling == "last":
+        return scores_BT
+    return scores_BT.where(mask_BT > 0, 0.0).cumsum(1) / reading.pool_length
+
+
+def whole_rewards(scores_BT: Tensor, mask_BT: Tensor, reading: Pooled) -> Tensor:
+    """Return the reward [B] of each whole answer; see `prefix_rewards`."""
+    places_T = torch.arange(scores_BT.shape[1], device=scores_BT.device)
+    last_B = (places_T * (mask_BT > 0)).amax(1)
+    return prefix_rewards(scores_BT, mask_BT, reading).gather(1, last_B[:, None])[:, 0]
+
+
 class RewardModel:
     """A sequence classifier with one label, and its slots.
 
-    `last` reads the score at the last token, as is usual. `pooled` reads it from the sum of the
-    completion's hidden states over `pool_length`, a typical completion's length: less noisy where
-    the model is small.
+    Pooling `last` reads the score at the last token, as is usual. `pooled` reads it from the sum of
+    the completion's hidden states over `pool_length`, a typical completion's length: less noisy
+    where the model is small.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        reading: RewardReading | None = None,
         *,
-        pooling: Pooling = "last",
-        pool_length: float = 1.0,
         num_slots: int = 32,
         prefill_chunk: int = 512,
     ) -> None:
@@ -56,16 +86,14 @@ class RewardModel:
         score = getattr(model, "score", None)
         if not isinstance(score, torch.nn.Linear) or score.out_features != 1:
             raise ConfigError(f"a reward model has a linear head `score` with one label; {score}.")
-        if pool_length <= 0:
-            raise ConfigError(f"pool_length is {pool_length}, wanted a number > 0.")
+        self._reading = reading or RewardReading()
         self.body = Body(
             model,
             num_slots=num_slots,
             prefill_chunk=prefill_chunk,
-            keep_hidden=pooling == "pooled",
+            keep_hidden=self._reading.pooling == "pooled",
         )
         self._score = score
-        self._pool_length = pool_length if pooling == "pooled" else None
 
     @property
     def max_length(self) -> int:
@@ -95,15 +123,15 @@ class RewardModel:
 
     def _rewards(self, contexts: Sequence[Context]) -> Tensor:
         hidden_RD = self.body.hidden(contexts)
-        if self._pool_length is not None:
-            hidden_RD = self.body.prefix_sum(contexts) / self._pool_length
+        if self._reading.pooling == "pooled":
+            hidden_RD = self.body.prefix_sum(contexts) / self._reading.pool_length
         return self._read(hidden_RD)
 
     def _candidate_rewards(self, contexts: Sequence[Context], candidates_RK: Tensor) -> Tensor:
         hidden_RKD = self.body.candidates(contexts, candidates_RK)
-        if self._pool_length is not None:
+        if self._reading.pooling == "pooled":
             before_R1D = self.body.prefix_sum(contexts)[:, None]
-            hidden_RKD = (before_R1D + hidden_RKD) / self._pool_length
+            hidden_RKD = (before_R1D + hidden_RKD) / self._reading.pool_length
         return self._read(hidden_RKD)
 
     def _parts(self, contexts: Sequence[Context]) -> list[slice]:
@@ -116,5 +144,4 @@ class RewardModel:
         self.body.release(keys)
 
     def _read(self, hidden: Tensor) -> Tensor:
-        rewards = self._score(hidden)[..., 0]
-        return rewards if rewards.dtype in (torch.float32, torch.float64) else rewards.float()
+        return self._reading.normalised(self._score(hidden)[..., 0])

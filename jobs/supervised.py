@@ -1,0 +1,140 @@
+"""One worker's share of learning from rows: any objective, through one DeepSpeed engine.
+
+Shapes: B rows, T positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jobs.checkpoint import gathered_state
+from jobs.config import JobConfig
+from jobs.dataset import Prepared
+from jobs.engine import start_engine
+from jobs.frozen_base import FrozenBase, load_frozen_base
+from jobs.model import build_learner, merged
+from jobs.steps import NUM_TOKENS, means, reduced, summed_over_workers
+from pilotfish.data.batching import BatchPlan
+from pilotfish.data.collate import collate
+from pilotfish.train.export import save_model
+from pilotfish.train.metrics import Tally, add
+from pilotfish.train.objectives import OBJECTIVES, LossOutput, Models
+
+
+class SupervisedTraining:
+    """See `jobs.steps.Trainee`."""
+
+    def __init__(self, config: JobConfig, prepared: Prepared) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._objective = OBJECTIVES[config.objective.kind]
+        self._rank = dist.get_rank()
+        self._world_size = dist.get_world_size()
+        self.total_steps = config.train.total_steps(len(prepared.train))
+        # The first steps learn from rows of their own, where the objective has such.
+        self._num_warmup = round(prepared.warmup_share * self.total_steps)
+        self._plans = {
+            rows: self._plan(rows) for rows in ("train", "warmup") if getattr(prepared, rows)
+        }
+        torch.manual_seed(config.seed)
+        self._learner = build_learner(
+            config.model,
+            prepared.tokenizer,
+            head=self._objective.head,
+            dtype=config.train.dtype,
+        )
+        base: FrozenBase | None = None
+        if self._objective.needs_base(config.objective):
+            base = load_frozen_base(config.frozen_base)
+        self.engine = start_engine(
+            self._learner,
+            config.train,
+            total_steps=self.total_steps,
+            on_cpu=not config.scaling.use_gpu,
+        )
+        self._models = Models(learner=self.engine, base=None if base is None else base.logits)
+
+    def step(self, number: int) -> dict[str, Tally]:
+        """Take one optimizer step; return this worker's tallies."""
+        self.engine.train()
+        batches = self._batches(self._rows(number), self.engine.train_micro_batch_size_per_gpu())
+        units = [self._objective.units(batch) for batch in batches]
+        total_units = summed_over_workers(self.engine, torch.tensor([float(sum(units))]))[0]
+        # DeepSpeed averages over workers and passes as if all held the same number of units.
+        share = self._world_size * len(batches) / total_units
+        tallies: dict[str, Tally] = {}
+        for batch, num in zip(batches, units, strict=True):
+            output = self._loss(batch)
+            self.engine.backward(output.loss * (num * share))
+            self.engine.step()
+            tokens = Tally(float(batch.attention_mask_BT.sum()), 1.0)
+            tallies = add(tallies, {**output.metrics, NUM_TOKENS: tokens})
+        return tallies
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics over all held-out rows."""
+        self.engine.eval()
+        rows = sorted(self._prepared.heldout, key=len)
+        size = self.engine.train_micro_batch_size_per_gpu()
+        chunk = size * self._world_size
+        tallies: dict[str, Tally] = {}
+        for start in range(0, len(rows), chunk):
+            mine = rows[start : start + chunk][self._rank :: self._world_size]
+            # ZeRO-3 gathers weights in every forward pass, so all workers must run as many: one
+            # without rows runs a row that does not count.
+            [batch] = self._batches(mine or rows[:1], size)
+            metrics = self._loss(batch).metrics
+            tallies = add(tallies, metrics if mine else dict.fromkeys(metrics, Tally(0.0, 0.0)))
+        return means("eval", reduced(self.engine, tallies))
+
+    def write(self, folder: Path) -> None:
+        """Write the whole model, adapters merged."""
+        state = gathered_state(self._learner.model, keep=self._rank == 0)
+        if self._rank:
+            return
+        model, tokenizer = self._learner.model, self._prepared.tokenizer
+        if self._config.model.lora is not None:
+            model = merged(
+                self._config.model,
+                tokenizer,
+                state,
+                head=self._objective.head,
+                dtype=self._config.train.dtype,
+            )
+            state = model.state_dict()
+        save_model(folder, model, tokenizer, state=state)
+
+    def state(self) -> dict[str, Any]:
+        """Batches follow from the number of the step alone (see `BatchPlan`)."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing is kept."""
+
+    def _plan(self, rows: str) -> BatchPlan:
+        return BatchPlan(
+            [len(example) for example in getattr(self._prepared, rows)],
+            batch_size=self._config.train.batch_size,
+            seed=self._config.seed,
+            world_size=self._world_size,
+            rank=self._rank,
+        )
+
+    def _rows(self, number: int) -> list[Any]:
+        rows, at = "train", number - self._num_warmup
+        if at < 0:
+            rows, at = "warmup", number
+        examples = getattr(self._prepared, rows)
+        return [examples[index] for index in self._plans[rows].batch(at)]
+
+    def _loss(self, batch: Any) -> LossOutput:
+        batch = batch.to(self.engine.device)
+        return self._objective.loss(self._models, batch, self._config.objective)
+
+    def _batches(self, rows: Sequence[Any], size: int) -> list[Any]:
+        # Padding is masked everywhere, so any id will do.
+        return [collate(rows[at : at + size], pad_id=0) for at in range(0, len(rows), size)]

@@ -42,6 +42,7 @@ class AcceptHead(nn.Module):
     ) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in block_sizes)
+        self.block_sizes = list(block_sizes)
         self._sizes = [*block_sizes, num_extra]
         activation = nn.ReLU if settings.activation == "relu" else nn.Tanh
         widths = [sum(self._sizes), *settings.hidden]

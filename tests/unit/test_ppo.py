@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pilotfish.config import parse
 from pilotfish.errors import ConfigError
 from pilotfish.train.experience import Decisions, pad_rows
 from pilotfish.train.metrics import Tally
@@ -95,12 +96,12 @@ def test_whitening_over_two_workers_is_that_of_all_rows() -> None:
 def test_normalised_advantages_do_not_see_a_constant_in_the_reward() -> None:
     """With values that moved along with it, or with rewards that are whitened first."""
     values_ET = ragged(4)
-    raw = PPOConfig(normalize_rewards=False)
+    raw = PPOConfig(normalize_rewards=False, beta_kl=0.2)
     before, _ = estimate(TAKEN, REWARDS, values_ET, raw)
     after, _ = estimate(TAKEN, REWARDS + 7, values_ET + 7, raw)
     torch.testing.assert_close(after.advantages_ET, before.advantages_ET, rtol=0, atol=1e-6)
     torch.testing.assert_close(after.returns_ET[MASK], before.returns_ET[MASK] + 7)
-    whitened = PPOConfig(beta_kl=0.2)
+    whitened = PPOConfig()
     before, _ = estimate(TAKEN, REWARDS, values_ET, whitened)
     after, _ = estimate(TAKEN, 3 * REWARDS + 7, values_ET, whitened)
     torch.testing.assert_close(after.advantages_ET, before.advantages_ET, rtol=0, atol=1e-6)
@@ -234,3 +235,9 @@ def test_every_epoch_takes_each_episode_once_in_an_order_of_its_own() -> None:
     assert drawn != list(minibatches(10, config, seed=[1, 3]))
     with pytest.raises(ConfigError, match="Collect more episodes"):
         next(minibatches(3, config, seed=[0]))
+
+
+def test_a_penalty_has_the_units_of_the_reward() -> None:
+    with pytest.raises(ConfigError, match="Set normalize_rewards: false"):
+        parse(PPOConfig, {"beta_kl": 0.1}, source="here")
+    parse(PPOConfig, {"beta_kl": 0.1, "normalize_rewards": False}, source="here")

@@ -11,11 +11,11 @@ workers goes through `total`, which adds a tensor over them; alone, it is the te
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from pilotfish.config import Config
@@ -48,11 +48,21 @@ class PPOConfig(Config):
     """Stop with these episodes when a minibatch's KL to the law that drew them exceeds this many
     nats per decision; None never stops."""
     normalize_rewards: bool = True
-    """Whiten the rewards over the episodes of all workers, before `beta_kl` counts."""
+    """Whiten the rewards over the episodes of all workers."""
     normalize_advantages: bool = True
     """Whiten the advantages over the decisions of all workers."""
     beta_kl: NonNegativeFloat = 0.0
-    """Penalty per nat by which a token is likelier than under the base."""
+    """Price, in reward, of each nat by which a token is likelier than under the base."""
+
+    @model_validator(mode="after")
+    def _check_price(self) -> Self:
+        if self.beta_kl and self.normalize_rewards:
+            raise ValueError(
+                f"beta_kl is {self.beta_kl}, a price in units of the reward, which "
+                "normalize_rewards changes with every batch: as rewards come to agree, the price "
+                "would fall to nothing. Set normalize_rewards: false"
+            )
+        return self
 
 
 class Evaluation(NamedTuple):

@@ -7,14 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pilotfish.context import Prompt
 from pilotfish.decode.sequence import SamplingParams
 from pilotfish.errors import ConfigError
-from pilotfish.guides.proxy_features import ProxySettings
+from pilotfish.guides.base import Step
 from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.models.causal_lm import CausalLM
-from pilotfish.models.heads import AcceptHead, HeadSettings
-from pilotfish.train.experience import Episode, decisions
+from pilotfish.train.experience import decisions
 from pilotfish.train.ppo import PPOConfig
 from pilotfish.train.proxy_policy import (
     ProxyLearnerConfig,
@@ -25,36 +23,33 @@ from pilotfish.train.proxy_policy import (
 )
 from pilotfish.train.rollout import collect
 from tests.acceptance_cases import by_recursion
-from tests.enumerable import Prefix, World, context_of
-from tests.fakes import random_head, tiny_llama
+from tests.enumerable import World, context_of
 from tests.learning import (
+    BASE,
     HORIZON,
     MODEL,
     asks,
+    proxy_rollout,
+    proxy_settings,
+    random_policy,
     recording_engine,
     rewards_of,
+    served,
     update,
     weights_of,
     world,
 )
-from tests.unit.test_proxy_rlhf import VARIANTS, ask, proxy_settings
 
-BASE = tiny_llama(1).requires_grad_(False)
-PROMPTS = [Prompt([(5 * i) % 16, 2, i + 1]) for i in range(4)]
-
-
-def random_policy(settings: ProxySettings) -> ProxyPolicy:
-    torch.manual_seed(4)
-    critic = AcceptHead(HeadSettings(hidden=(4,)), block_sizes=[32])
-    return ProxyPolicy(random_head(3, settings), critic.double(), settings)
-
-
-def rollout(
-    policy: ProxyPolicy, settings: ProxySettings, dtype: torch.dtype = torch.float16
-) -> list[Episode]:
-    base = CausalLM(BASE, num_slots=8)
-    engine = recording_engine(ProxyGuide(base, policy.actor, settings), base, dtype=dtype)
-    return collect(engine, asks(3, prompts=PROMPTS), SamplingParams(max_tokens=6), proxy="proxy")
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"features": "pre_token", "fallback": "top1"},
+    {"p_t_rule": "cumulative", "p_t": 0.7},
+    {"p_t_rule": "literal", "p_t": 0.1},
+    {"candidate_order": "sample_no_repeat", "p_t": 0.9, "top_k": 8},
+    {"candidate_order": "sample_no_repeat", "p_t_rule": "cumulative", "p_t": 0.5, "top_k": 6},
+    {"candidate_order": "iid", "p_t_rule": "min_prob", "p_t": 0.05, "features": "pre_token"},
+    {"candidate_order": "iid", "p_t_rule": "cumulative", "p_t": 0.2, "max_tries": 3},
+]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -62,7 +57,7 @@ def test_the_policy_says_of_each_token_what_the_engine_said(variant: dict[str, A
     settings = proxy_settings(**variant)
     policy = random_policy(settings)
     for dtype, error in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.float16, 3e-3)):
-        episodes = rollout(policy, settings, dtype)
+        episodes = proxy_rollout(policy, settings, dtype=dtype)
         found, taken = policy(**collate(episodes)), decisions(episodes)
         assert taken.mask_ET.sum() > 30
         torch.testing.assert_close(
@@ -95,7 +90,7 @@ def reference(policy: ProxyPolicy, inputs: dict[str, Tensor]) -> tuple[Tensor, T
 def test_gradients_are_those_of_an_independent_law() -> None:
     settings = proxy_settings()
     policy = random_policy(settings)
-    episodes = rollout(policy, settings)
+    episodes = proxy_rollout(policy, settings)
     inputs = collate(episodes)
     mask_ET = inputs["mask_ET"]
     weights_ET = torch.randn(mask_ET.shape, dtype=torch.float64)
@@ -116,7 +111,7 @@ def test_in_order_the_law_of_a_token_is_that_of_the_decisions_behind_it() -> Non
     """Rejects of all candidates before it, then an accept, unless it is the last: then it must."""
     settings = proxy_settings()
     policy = random_policy(settings)
-    inputs = collate(rollout(policy, settings))
+    inputs = collate(proxy_rollout(policy, settings))
     found = policy(**inputs)
     logits, start, joint = policy.actor(inputs["features_MF"]), 0, []
     for count, choice in zip(inputs["count_N"].tolist(), inputs["choice_N"].tolist(), strict=True):
@@ -132,7 +127,7 @@ def test_in_order_the_law_of_a_token_is_that_of_the_decisions_behind_it() -> Non
 def test_without_replacement_the_law_of_a_token_sums_over_what_nobody_saw() -> None:
     settings = proxy_settings(candidate_order="sample_no_repeat", top_k=4, p_t=1.0)
     policy = random_policy(settings)
-    inputs = collate(rollout(policy, settings))
+    inputs = collate(proxy_rollout(policy, settings))
     found = policy(**inputs)
     accept_M, start = policy.actor(inputs["features_MF"]).sigmoid(), 0
     for at, choice in enumerate(inputs["choice_N"].tolist()):
@@ -150,7 +145,7 @@ def test_without_replacement_the_law_of_a_token_sums_over_what_nobody_saw() -> N
 def test_a_law_that_forbids_what_was_drawn_leaves_finite_gradients(order: str) -> None:
     settings = proxy_settings(candidate_order=order)
     policy = random_policy(settings)
-    inputs = collate(rollout(policy, settings))
+    inputs = collate(proxy_rollout(policy, settings))
     last = policy.actor.layers[-1]
     assert isinstance(last, torch.nn.Linear)
     for bias in (300.0, -300.0):
@@ -164,7 +159,7 @@ def test_a_law_that_forbids_what_was_drawn_leaves_finite_gradients(order: str) -
 def test_episodes_without_decisions_teach_nothing(order: str) -> None:
     settings = proxy_settings(candidate_order=order, p_t=0.0)
     policy = random_policy(settings)
-    found = policy(**collate(rollout(policy, settings)))
+    found = policy(**collate(proxy_rollout(policy, settings)))
     assert found.logprobs_ET.shape == (12, 0)
     torch.cat(found).sum().backward()
     gradients = gradients_of(policy)
@@ -177,8 +172,10 @@ def test_an_untrained_proxy_accepts_everything_alike(features: Any) -> None:
     settings = proxy_settings(features=features)
     base = CausalLM(BASE)
     policy = new_policy(settings, ProxyLearnerConfig(initial_accept=0.7), base)
-    guide = ProxyGuide(base, policy.actor, settings)
-    judgement = guide.judge(*ask(guide, base, [context_of((1,))]))
+    contexts = [context_of((1,))]
+    found = base.forward(contexts)
+    step = Step(contexts, torch.ones(1), found.hidden_RD)
+    judgement = ProxyGuide(base, policy.actor, settings).judge(found.logprobs_RV, step)
     torch.testing.assert_close(
         judgement.logits_NK.sigmoid(), torch.full_like(judgement.logits_NK, 0.7)
     )
@@ -200,11 +197,7 @@ def trained(order: str, features: str) -> tuple[World, Any, Any]:
     guide = ProxyGuide(base, policy.actor, settings)
     engine = recording_engine(guide, base)
 
-    def law(prefix: Prefix) -> Tensor:
-        incoming_RV, step = ask(guide, base, [context_of(prefix, key=10**6)])
-        return guide.tilt(incoming_RV, step, None)[0]
-
-    before = which.law(law)
+    before = which.law(served(guide, base))
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
     config = PPOConfig(entropy=0.0)
     for iteration in range(25):
@@ -212,7 +205,7 @@ def trained(order: str, features: str) -> tuple[World, Any, Any]:
         episodes = collect(engine, wanted, SamplingParams(max_tokens=HORIZON), proxy="proxy")
         rewards_E = rewards_of(episodes, which)
         update(policy, optimizer, episodes, rewards_E, config, collate, seed=iteration)
-    return which, before, which.law(law)
+    return which, before, which.law(served(guide, base))
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,21 @@ from pilotfish.context import Prompt
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import Drafting, FinishReason, SamplingParams, TokenEvent
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides.proxy_features import ProxySettings
 from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.train.experience import Episode, decisions
 from pilotfish.train.recording import RecordingProxy
 from pilotfish.train.rollout import Ask, collect, rollout_seed
 from tests.fakes import drain, plain_logprobs, random_head, request, tiny_llama
-from tests.learning import asks, recording_engine
+from tests.learning import BASE, asks, proxy_settings, recording_engine
 
-BASE, OTHER = tiny_llama(1).requires_grad_(False), tiny_llama(2).requires_grad_(False)
+OTHER = tiny_llama(2).requires_grad_(False)
 PROMPTS = [Prompt([(5 * i) % 16, 2, i + 1]) for i in range(5)]
 FEATURES = ("post_token", "pre_token")
 
 
 def new_guide(base: CausalLM, **variant: Any) -> ProxyGuide:
-    settings = ProxySettings(**{"head": {"hidden": [24], "activation": "tanh"}, **variant})
+    settings = proxy_settings(**variant)
     return ProxyGuide(base, random_head(3, settings), settings)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -9,7 +10,7 @@ from jobs.config import BPEConfig, JobConfig, KitchenData, ModelConfig, RowsData
 from pilotfish import world
 from pilotfish.chat import Message
 from pilotfish.data.bpe import train_byte_bpe
-from pilotfish.data.collate import PairExample, TokenExample
+from pilotfish.data.collate import TokenExample
 from pilotfish.data.formats import Columns, to_demonstration, to_pair
 from pilotfish.data.loading import Part, load_demonstrations, load_pairs
 from pilotfish.data.records import Demonstration, PreferencePair, PromptText
@@ -23,8 +24,9 @@ class Prepared:
     """What the workers of a job share."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Sequence[TokenExample | PairExample]
-    heldout: Sequence[TokenExample | PairExample]
+    train: Sequence[Any]
+    """Examples of the objective's kind; prompts, where it learns from reward."""
+    heldout: Sequence[Any]
     warmup: Sequence[TokenExample] = ()
     """Rows of the first steps, where those differ."""
     warmup_share: float = 0.0
@@ -33,14 +35,36 @@ class Prepared:
 
 def prepare(config: JobConfig) -> tuple[Prepared, LengthReport]:
     """Read the rows, make or load the tokenizer, and tokenise. Raises `DataError`."""
+    if config.learns_from_reward:
+        return _prepare_prompts(config)
     pairs = OBJECTIVES[config.objective.kind].rows == "pairs"
     return _prepare_pairs(config) if pairs else _prepare_demonstrations(config)
+
+
+def _prepare_prompts(config: JobConfig) -> tuple[Prepared, LengthReport]:
+    data = config.data
+    assert isinstance(data, KitchenData)
+    train, heldout = (
+        [tuple(scene.messages) for scene in world.scenes(num, seed)]
+        for num, seed in ((data.num, data.seed), (data.num_heldout, data.heldout_seed))
+    )
+    tokenizer = AutoTokenizer.from_pretrained(config.frozen_base.path)
+    report = LengthReport(
+        num_records=len(train),
+        num_dropped=0,
+        num_cut_prompts=0,
+        num_cut_answers=0,
+        max_tokens=0,
+        mean_tokens=0.0,
+        mean_answer_tokens={},
+    )
+    return Prepared(tokenizer=tokenizer, train=train, heldout=heldout), report
 
 
 def _prepare_pairs(config: JobConfig) -> tuple[Prepared, LengthReport]:
     train, heldout = _pairs(config.data, "train"), _pairs(config.data, "heldout")
     texts = (text for pair in train for text in _texts(pair.prompt, pair.chosen, pair.rejected))
-    tokenizer = _tokenizer(config.model, texts)
+    tokenizer = _tokenizer(config.started, texts)
     limits = config.data.limits
     examples, report = tokenize_pairs(tokenizer, train, limits=limits)
     held, _ = tokenize_pairs(tokenizer, heldout, limits=limits)
@@ -51,7 +75,7 @@ def _prepare_demonstrations(config: JobConfig) -> tuple[Prepared, LengthReport]:
     train = _demonstrations(config.data, "train")
     heldout = _demonstrations(config.data, "heldout")
     texts = (text for row in train for text in _texts(row.prompt, row.completion))
-    tokenizer = _tokenizer(config.model, texts)
+    tokenizer = _tokenizer(config.started, texts)
     limits = config.data.limits
     examples, report = tokenize_demonstrations(tokenizer, train, limits=limits)
     held, _ = tokenize_demonstrations(tokenizer, heldout, limits=limits)

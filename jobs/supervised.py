@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ray.train.torch import get_device
 
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
 from jobs.dataset import Prepared
 from jobs.engine import start_engine
 from jobs.frozen_base import FrozenBase, load_frozen_base
-from jobs.model import build_learner, merged
+from jobs.length_check import GuidedLengths, length_report
+from jobs.model import build_learner, build_model, merged
 from jobs.steps import NUM_TOKENS, means, reduced, summed_over_workers
+from pilotfish.chat import stop_ids
 from pilotfish.data.batching import BatchPlan
 from pilotfish.data.collate import collate
 from pilotfish.train.export import save_model
 from pilotfish.train.metrics import Tally, add
-from pilotfish.train.objectives import OBJECTIVES, LossOutput, Models
+from pilotfish.train.objectives import OBJECTIVES, GenARMConfig, LossOutput, Models
 
 
 class SupervisedTraining:
@@ -41,14 +44,14 @@ class SupervisedTraining:
         }
         torch.manual_seed(config.seed)
         self._learner = build_learner(
-            config.model,
+            config.started,
             prepared.tokenizer,
             head=self._objective.head,
             dtype=config.train.dtype,
         )
         base: FrozenBase | None = None
         if self._objective.needs_base(config.objective):
-            base = load_frozen_base(config.frozen_base)
+            base = load_frozen_base(config.frozen_base, device=get_device())
         self.engine = start_engine(
             self._learner,
             config.train,
@@ -56,6 +59,7 @@ class SupervisedTraining:
             on_cpu=not config.scaling.use_gpu,
         )
         self._models = Models(learner=self.engine, base=None if base is None else base.logits)
+        self._lengths = None if base is None else self._length_check(base)
 
     def step(self, number: int) -> dict[str, Tally]:
         """Take one optimizer step; return this worker's tallies."""
@@ -89,7 +93,12 @@ class SupervisedTraining:
             [batch] = self._batches(mine or rows[:1], size)
             metrics = self._loss(batch).metrics
             tallies = add(tallies, metrics if mine else dict.fromkeys(metrics, Tally(0.0, 0.0)))
-        return means("eval", reduced(self.engine, tallies))
+        report = means("eval", reduced(self.engine, tallies))
+        if self._lengths is not None:
+            weights = gathered_state(self._learner.model, keep=True)
+            found = self._lengths.tally(self._prepared.heldout, weights)
+            report |= length_report(reduced(self.engine, found))
+        return report
 
     def write(self, folder: Path) -> None:
         """Write the whole model, adapters merged."""
@@ -97,9 +106,9 @@ class SupervisedTraining:
         if self._rank:
             return
         model, tokenizer = self._learner.model, self._prepared.tokenizer
-        if self._config.model.lora is not None:
+        if self._config.started.lora is not None:
             model = merged(
-                self._config.model,
+                self._config.started,
                 tokenizer,
                 state,
                 head=self._objective.head,
@@ -114,6 +123,22 @@ class SupervisedTraining:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing is kept."""
+
+    def _length_check(self, base: FrozenBase) -> GuidedLengths | None:
+        objective, tokenizer = self._config.objective, self._prepared.tokenizer
+        if not isinstance(objective, GenARMConfig) or objective.length_check is None:
+            return None
+        guide = build_model(
+            self._config.started.init, tokenizer, head="lm", dtype=self._config.train.dtype
+        )
+        torch.nn.Module.to(guide, self.engine.device)  # transformers' wrapper hides its signature
+        return GuidedLengths(
+            objective.length_check,
+            base,
+            guide,
+            end_ids=stop_ids(tokenizer, base.model.generation_config),
+            seed=self._config.seed,
+        )
 
     def _plan(self, rows: str) -> BatchPlan:
         return BatchPlan(

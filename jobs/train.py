@@ -31,9 +31,10 @@ from transformers import AutoTokenizer
 
 from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
-from jobs.config import JobConfig, config_hash, resolved
+from jobs.config import JobConfig
 from jobs.dataset import prepare
 from jobs.progress import progress_bar
+from jobs.resolve import config_hash, resolved
 from jobs.worker import WorkerSettings, train_loop
 from pilotfish import config as configs
 from pilotfish.data.tokenized import LengthReport
@@ -41,7 +42,6 @@ from pilotfish.errors import CheckpointError, ConfigError, PilotfishError
 from pilotfish.guides.card import GuideCard, write_card
 from pilotfish.models.vocab import fingerprint
 from pilotfish.train.export import read_record, whole_folder, write_record
-from pilotfish.train.objectives import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
     if _is_done(config, digest):
         logger.info("%s is trained already from these settings; reusing it", output)
         return output
-    _check_init(config.model.init)
+    if config.model is not None:
+        _check_init(config.model.init)
     # Ray Train resumes from what lies here. ZeRO checkpoints fit one number of workers only.
     run_name = f"{_slug(config)}-{digest}-{config.scaling.num_workers}w"
     run_folder = Path(config.root) / "train" / run_name
@@ -200,17 +201,17 @@ def _record(
 def _describe(folder: Path, config: JobConfig, record: dict[str, Any]) -> None:
     """Write the training record, and for a guide its card."""
     write_record(folder, record)
-    objective = OBJECTIVES[config.objective.kind]
-    if objective.guide_kind is None:
+    kind = config.guide_kind
+    if kind is None:
         return
     keys = ("config_hash", "run_id", "git_commit", "metrics")
     card = GuideCard(
-        kind=objective.guide_kind,
-        base=config.model.base or str(config.model.init),
+        kind=kind,
+        base=config.base_name,
         vocab=fingerprint(AutoTokenizer.from_pretrained(folder)),
         dtype=config.train.dtype,
         training={key: record[key] for key in keys},
-        **objective.card(config.objective, record["metrics"]),
+        **config.card_fields(record["metrics"]),
     )
     write_card(folder, card)
 
@@ -225,8 +226,8 @@ def _publish(
     run.log_figure(tracking.loss_figure(history, _slug(config)), "loss.png")
     if config.tracking.register_as is not None:
         tags = {
-            "kind": OBJECTIVES[config.objective.kind].guide_kind or "base",
-            "base": config.model.base or str(config.model.init)[:200],
+            "kind": config.guide_kind or "base",
+            "base": config.base_name[:200],
             "config_hash": record["config_hash"],
             "git_commit": record["git_commit"],
         }

@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from jobs.config import JobConfig
-from jobs.steps import run_steps
+from jobs.dataset import Prepared
+from jobs.reward_training import reward_training
+from jobs.steps import Trainee, run_steps
 from jobs.supervised import SupervisedTraining
 
 
@@ -29,7 +31,11 @@ def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
     job: WorkerSettings = settings["job"]
     _set_log_levels()
     torch.set_num_threads(job.config.scaling.threads)
-    trainee = SupervisedTraining(job.config, ray.get(job.prepared))
+    prepared: Prepared = ray.get(job.prepared)
+    if job.config.learns_from_reward:
+        trainee: Trainee = reward_training(job.config, prepared)
+    else:
+        trainee = SupervisedTraining(job.config, prepared)
     return run_steps(trainee, job.config.train, job.progress)
 
 
@@ -39,3 +45,4 @@ def _set_log_levels() -> None:
     for name in ("jobs", "pilotfish"):
         logging.getLogger(name).setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a new head is no news

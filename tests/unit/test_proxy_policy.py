@@ -171,7 +171,7 @@ def test_episodes_without_decisions_teach_nothing(order: str) -> None:
 def test_an_untrained_proxy_accepts_everything_alike(features: Any) -> None:
     settings = proxy_settings(features=features)
     base = CausalLM(BASE)
-    policy = new_policy(settings, ProxyLearnerConfig(initial_accept=0.7), base)
+    policy = new_policy(settings, ProxyLearnerConfig(initial_accept=0.7), base.model)
     contexts = [context_of((1,))]
     found = base.forward(contexts)
     step = Step(contexts, torch.ones(1), found.hidden_RD)
@@ -193,7 +193,7 @@ def trained(order: str, features: str) -> tuple[World, Any, Any]:
     variant: Any = {"candidate_order": order, "features": features}
     settings = proxy_settings(**variant, top_k=4, temperature=1.0)
     torch.manual_seed(0)
-    policy = new_policy(settings, ProxyLearnerConfig(), base)
+    policy = new_policy(settings, ProxyLearnerConfig(), base.model)
     guide = ProxyGuide(base, policy.actor, settings)
     engine = recording_engine(guide, base)
 

@@ -233,7 +233,7 @@ def test_sac_comes_close_to_the_best_that_the_restriction_allows() -> None:
     which, base, hash_before = world(), CausalLM(MODEL, num_slots=48), weights_of(MODEL)
     settings = proxy_settings(features="pre_token", top_k=4, temperature=1.0)
     torch.manual_seed(0)
-    actor = new_policy(settings, ProxyLearnerConfig(), base).actor
+    actor = new_policy(settings, ProxyLearnerConfig(), base.model).actor
     guide = ProxyGuide(base, actor, settings)
     engine = recording_engine(guide, base)
     learner = SACLearner(actor, settings, SACConfig(**QUICK), seed=0)

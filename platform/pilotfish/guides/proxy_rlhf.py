@@ -96,7 +96,7 @@ class ProxyGuide:
                 f"template is {card.template!r} in the card of {str(folder)!r}, but a proxy reads "
                 "the base's own states. Set template to 'base' in its guide.json."
             )
-        block_sizes, num_extra = feature_sizes(settings.features, host.base)
+        block_sizes, num_extra = feature_sizes(settings.features, host.base.model)
         head = load_accept_head(
             folder,
             settings.head,

@@ -4,7 +4,7 @@ Shapes: F features of one candidate: the blocks of its state side by side, then 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -66,9 +66,9 @@ class AcceptHead(nn.Module):
         return self.layers(torch.cat([*normed, extra], dim=-1))[..., 0]
 
 
-def save_accept_head(folder: str | Path, head: AcceptHead) -> None:
-    """Write a head's weights into a guide folder; its `HeadSettings` belong in the card."""
-    state = {name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}
+def save_accept_head(folder: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a head's `state_dict` into a guide folder; its `HeadSettings` belong in the card."""
+    state = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     save_file(state, Path(folder) / ACCEPT_HEAD_NAME)
 
 

@@ -11,7 +11,7 @@ workers goes through `total`, which adds a tensor over them; alone, it is the te
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ Total = Callable[[Tensor], Tensor]
 class PPOConfig(Config):
     """How a policy learns from the rewards of its own completions."""
 
+    kind: Literal["ppo"] = "ppo"
     clip: PositiveFloat = 0.2
     """How far the probability ratio of a token may move from 1 before it earns nothing more."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pilotfish.config import Config
 from pilotfish.errors import ConfigError
 from pilotfish.guides.acceptance import AcceptRules, accept_law
 from pilotfish.guides.proxy_features import ProxySettings, feature_sizes
-from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.heads import AcceptHead, HeadSettings
 from pilotfish.train.experience import Episode, Offers, mask_of
 from pilotfish.train.ppo import Evaluation
@@ -115,7 +115,9 @@ def _offers(episode: Episode) -> Offers:
     return episode.offers
 
 
-def new_policy(settings: ProxySettings, config: ProxyLearnerConfig, base: CausalLM) -> ProxyPolicy:
+def new_policy(
+    settings: ProxySettings, config: ProxyLearnerConfig, base: PreTrainedModel
+) -> ProxyPolicy:
     """Return an untrained policy: one accept probability for all, one value for all."""
     block_sizes, num_extra = feature_sizes(settings.features, base)
     actor = AcceptHead(settings.head, block_sizes=block_sizes, num_extra=num_extra)

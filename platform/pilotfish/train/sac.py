@@ -12,7 +12,7 @@ Shapes: B decisions of a batch, A = 2 actions (reject, accept), F features of a 
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from pilotfish.train.replay import Replay, Transitions, judged
 class SACConfig(Config):
     """MARA's settings, but for `beta_kl`."""
 
+    kind: Literal["sac"] = "sac"
     learning_rate: PositiveFloat = 3e-4
     batch_size: PositiveInt = 1024
     """Decisions per update."""

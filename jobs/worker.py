@@ -23,10 +23,9 @@ from jobs.dataset import Prepared
 from jobs.model import build_model
 from pilotfish.data.batching import BatchPlan
 from pilotfish.data.collate import (
+    Example,
     LMBatch,
-    PairExample,
     PreferenceBatch,
-    TokenExample,
     collate_demonstrations,
     collate_pairs,
 )
@@ -143,9 +142,7 @@ class TrainingLoop:
             logits_BTV, batch.token_ids_BT, batch.loss_mask_BT, self._config.objective
         )
 
-    def _batches(
-        self, rows: Sequence[TokenExample | PairExample], size: int
-    ) -> list[LMBatch | PreferenceBatch]:
+    def _batches(self, rows: Sequence[Example], size: int) -> list[LMBatch | PreferenceBatch]:
         pad_id = self._prepared.tokenizer.pad_token_id
         pad_id = 0 if pad_id is None else pad_id  # masked everywhere, so any id will do
         collate: Any = collate_demonstrations

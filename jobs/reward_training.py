@@ -2,13 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from ray.train.torch import get_device
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jobs.config import JobConfig
@@ -21,7 +20,6 @@ from jobs.rollouts import Rollout, Share
 from jobs.sac_updates import SACUpdates
 from jobs.standing import Standing, warn_of_collapse
 from jobs.steps import reduced
-from pilotfish.data.batching import BatchPlan
 from pilotfish.models.loading import load_architecture
 from pilotfish.train.metrics import Tally
 from pilotfish.train.ppo import PPOConfig
@@ -62,11 +60,8 @@ class RewardTraining:
         self._prepared, self._learning, self._rollers = prepared, learning, rollers
         self._rank, self._size = data_rank, data_size
         self.total_steps = config.train.total_steps(len(prepared.train))
-        self._plan = BatchPlan(
-            [len(str(prompt)) for prompt in prepared.train],
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-        )
+        # Those of all workers: a completion is numbered, and seeded, among all.
+        self._batches = prepared.batches(batch_size=config.train.batch_size, seed=config.seed)
         self._updates = updates
         self.engine = updates.engine
         self._pending: Callable[[], Rollout] | None = None
@@ -105,11 +100,15 @@ class RewardTraining:
         self._learning.write(folder, self._prepared.tokenizer)
 
     def state(self) -> dict[str, Any]:
-        """Return the controls, and the weights of a rollout that is under way."""
-        return {"control": self._control, "weights": self._weights}
+        """Return the position in the prompts, the controls, and the weights of a rollout that is
+        under way."""
+        batches = dict(self._batches.state())
+        return {"batches": batches, "control": self._control, "weights": self._weights}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where a run stood; at its beginning, measure what was not trained."""
+        if state:
+            self._batches.resume(state["batches"])
         self._weights = state.get("weights")
         self._control = state.get("control") or {
             "base": self._stand(guided=False),
@@ -128,23 +127,23 @@ class RewardTraining:
         return rollout
 
     def _share(self, number: int) -> Share:
-        batch = self._plan.global_batch(number)
-        places = range(self._rank, len(batch), self._size)
+        examples = self._batches.examples(number)
+        places = range(self._rank, len(examples), self._size)
         return Share(
             iteration=number,
             places=places,
-            prompts=[self._prepared.train[batch[place]] for place in places],
+            prompts=[examples[place].prompt for place in places],
             num_samples=self._rollouts.samples_per_prompt,
         )
 
     def _stand(self, *, guided: bool = True) -> Standing:
         """Answer this worker's held-out prompts, and sum up over all workers."""
-        heldout = self._prepared.heldout[: self._rollouts.num_heldout]
+        heldout: Sequence[Any] = self._prepared.heldout[: self._rollouts.num_heldout]
         places = range(self._rank, len(heldout), self._size)
         share = Share(
             iteration=_HELDOUT,
             places=places,
-            prompts=[heldout[place] for place in places],
+            prompts=[heldout[place].prompt for place in places],
             num_samples=1,
         )
         rollout = self._rollers.begin(share, self._learning.weights(), guided=guided)()
@@ -156,7 +155,7 @@ def reward_training(config: JobConfig, prepared: Prepared) -> RewardTraining:
     torch.manual_seed(config.seed)
     rank, size = dist.get_rank(), dist.get_world_size()
     if config.rollouts.where == "workers":
-        base = load_frozen_base(config.frozen_base, device=get_device())
+        base = load_frozen_base(config.frozen_base, on_cpu=not config.scaling.use_gpu)
         rank, size = base.data_rank, base.data_size
         shape: PreTrainedModel = base.model
         rollers: Rollers = OwnRoller(config, prepared.tokenizer, base)

@@ -75,13 +75,13 @@ class Decisions:
     base_logprobs_ET: Tensor
 
 
-def decisions(episodes: Sequence[Episode]) -> Decisions:
+def decisions(episodes: Sequence[Episode], *, device: torch.device | str = "cpu") -> Decisions:
     """Return the decisions of some episodes; padding is 0."""
     # Copied: arrays that come from an object store cannot be written to, nor wrapped by torch.
     return Decisions(
-        mask_of(episodes),
-        pad_rows([torch.tensor(episode.logprobs_N) for episode in episodes]),
-        pad_rows([torch.tensor(episode.base_logprobs_N) for episode in episodes]),
+        mask_of(episodes).to(device),
+        pad_rows([torch.tensor(episode.logprobs_N) for episode in episodes]).to(device),
+        pad_rows([torch.tensor(episode.base_logprobs_N) for episode in episodes]).to(device),
     )
 
 

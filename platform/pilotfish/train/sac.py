@@ -68,8 +68,11 @@ class SACLearner:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`actor` is trained in place; MARA's learning rate is the default. Raises `ConfigError` for settings whose accepts and rejects
-        cannot be told from the emitted tokens, and for a replay that is too small."""
+        """`actor` is trained in place; MARA's learning rate is the default.
+
+        Raises `ConfigError` for settings whose accepts and rejects cannot be told from the emitted
+        tokens, and for a replay that is too small.
+        """
         _check_rules(settings)
         self.actor = actor
         self.config = config

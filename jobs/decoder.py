@@ -79,7 +79,7 @@ class Decoder:
 
 
 def decode_all(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Decoded]:
-    """Decode every setting on actors, with a progress bar; Ray must be connected.
+    """Decode every setting on actors, with a progress bar.
 
     Raises what a decoder raises (`CheckpointError`, `PromptError`, `DataError`).
     """

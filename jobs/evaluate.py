@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import cluster, tracking
+from jobs import tracking
 from jobs.command import run_command
 from jobs.decoder import decode_all
 from jobs.evaluation_config import EvaluationConfig, resolved
@@ -38,8 +38,6 @@ def evaluate(config: EvaluationConfig) -> Report:
     for folder in config.guides.values():  # a wrong guide should not cost a cluster's start
         check_guide(folder, base=config.base, base_vocab=fingerprint(tokenizer))
     prompts, prompts_from = prompts_of(config.prompts, tokenizer)
-    decoding = config.decoding
-    cluster.connect(num_cpus=decoding.num_cpus, gpus=decoding.gpus_per_actor > 0)
     with tracking.tracked_run(
         config.tracking,
         root=config.root,

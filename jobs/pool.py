@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from jobs import cluster
 from pilotfish.config import Config
 from pilotfish.errors import PilotfishError
 from pilotfish.models.loading import Dtype
@@ -39,6 +40,11 @@ class ActorsConfig(Config):
     threads: PositiveInt = 1
     """CPU threads per actor."""
     gpus_per_actor: NonNegativeFloat = 0
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the fields that decide what is decoded, as JSON holds them; not where."""
+        where = {"batch_size", "num_actors", "threads", "gpus_per_actor"}
+        return self.model_dump(mode="json", exclude=where)
 
     @property
     def num_cpus(self) -> int:
@@ -87,8 +93,9 @@ def run_chunks(
 ) -> Iterator[tuple[Chunk[T], R]]:
     """Yield each chunk with what `worker(*told)` makes of it, in the order in which they end.
 
-    Ray must be connected. A `PilotfishError` in an actor is raised here as it was there.
+    A `PilotfishError` in an actor is raised here as it was there.
     """
+    cluster.connect(num_cpus=actors.num_cpus, gpus=actors.gpus_per_actor > 0)
     remote: Any = ray.remote(
         num_cpus=actors.threads,
         num_gpus=actors.gpus_per_actor,

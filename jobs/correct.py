@@ -89,12 +89,11 @@ def _finish(num_answers: int, folder: Path, rows: list[Row]) -> dict[str, float]
         "corrections/copied_share": share([row["copied"] for row in rows]),
         **report.metrics(),
     }
-    judged = [row for row in rows if "correction_reward" in row]
-    if len(judged) > 1:
-        gain = estimate([row["correction_reward"] - row["answer_reward"] for row in judged])
+    if "correction_reward" in rows[0]:
+        gain = estimate([row["correction_reward"] - row["answer_reward"] for row in rows])
         metrics |= {"corrections/gain": gain.mean, "corrections/gain_error": gain.error}
         for name in ("answer_reward", "correction_reward"):
-            metrics[f"corrections/{name}"] = estimate([row[name] for row in judged]).mean
+            metrics[f"corrections/{name}"] = estimate([row[name] for row in rows]).mean
     return metrics
 
 

@@ -1,13 +1,12 @@
 """What jobs that decode are told: a base with guides, prompts, a judge, and the actors."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
-from jobs.cluster import check_root
-from jobs.config import TrackingConfig, rows_kind
+from jobs.config import rows_kind
+from jobs.output import OutputConfig, absolute, with_output
 from jobs.pool import ActorsConfig
 from pilotfish.config import Config
 from pilotfish.data.loading import Part
@@ -53,16 +52,6 @@ class DecodingConfig(ActorsConfig):
     stop: tuple[str, ...] = ()
 
 
-class OutputConfig(Config):
-    """Where a job writes, and where it is recorded."""
-
-    root: str = "runs"
-    """Folder of everything jobs write; on a cluster, one that every node sees."""
-    output: str
-    """The folder to write."""
-    tracking: TrackingConfig = TrackingConfig()
-
-
 class DecodingJobConfig(OutputConfig):
     """A job in which a base with guides answers prompts, and a judge may say what that is worth."""
 
@@ -76,20 +65,8 @@ class DecodingJobConfig(OutputConfig):
     decoding: DecodingConfig = DecodingConfig()
 
 
-O = TypeVar("O", bound=OutputConfig)  # noqa: E741 - of the class
 J = TypeVar("J", bound=DecodingJobConfig)
-
-
-def with_output(config: O) -> O:
-    """Return the config with absolute paths of root and output. Raises `ConfigError`."""
-    root = check_root(config.root)
-    output = Path(config.output).expanduser()
-    if not output.is_absolute() and not output.resolve().is_relative_to(root):
-        raise ConfigError(
-            f"output is {config.output!r}, which is outside root {str(root)!r}. Write it as "
-            "${root}/name, or give an absolute path."
-        )
-    return config.model_copy(update={"root": str(root), "output": str(output.resolve())})
+S = TypeVar("S", bound=Config)
 
 
 def with_paths(config: J) -> J:
@@ -102,9 +79,6 @@ def with_paths(config: J) -> J:
             "reward": judged_by(config.reward),
         }
     )
-
-
-S = TypeVar("S", bound=Config)
 
 
 def located(rows: S) -> S:
@@ -120,11 +94,6 @@ def judged_by(reward: RewardConfig) -> RewardConfig:
     if isinstance(reward, ModelRewardConfig):
         return reward.model_copy(update={"path": absolute(reward.path)})
     return reward
-
-
-def absolute(path: str) -> str:
-    found = Path(path).expanduser()
-    return str(found.resolve()) if found.exists() else path
 
 
 def check_guide_names(settings: Sequence[Setting], guides: Mapping[str, str]) -> None:

@@ -18,10 +18,11 @@ from typing import Any, TypeAlias, TypeVar
 import yaml
 
 from jobs import tracking
+from jobs.output import is_current
 from jobs.pool import Chunk
 from jobs.rows_config import RowsConfig
 from pilotfish.data.sources import DataSource, load_rows
-from pilotfish.errors import ConfigError, DataError
+from pilotfish.errors import DataError
 from pilotfish.train.export import whole_folder
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def make_rows(config: RowsConfig, recipe: Recipe) -> Path:
     parts = output.with_name(f".{output.name}-{recipe.digest}.parts")
     if config.force:
         shutil.rmtree(parts, ignore_errors=True)
-    elif _is_made(output, recipe.digest):
+    elif is_current(output, _hash_of(output), recipe.digest):
         logger.info("%s is made already from these settings; reusing it", output)
         return output
     settings = config.model_dump(mode="json")
@@ -121,24 +122,17 @@ def _all_rows(recipe: Recipe, parts: Path) -> list[Row]:
     for chunk, rows in recipe.make(missing):
         write_rows(files[chunk.start], rows)
     rows = [row for file in files.values() for row in load_rows(DataSource(path=str(file)))]
-    if not rows:
+    if len(rows) < 2:  # as many as a standard error needs
+        num_items = sum(len(chunk.items) for chunk in recipe.chunks)
         raise DataError(
-            f"no row could be made of {sum(len(c.items) for c in recipe.chunks)} items."
+            f"{num_items} items gave {len(rows)} rows, wanted at least two. Give more, or look in "
+            "the log for why they were left out."
         )
     return rows
 
 
-def _is_made(output: Path, digest: str) -> bool:
-    if not output.exists():
-        return False
-    record = _record(output) if (output / RECORD_NAME).is_file() else None
-    if record is not None and record["config_hash"] == digest:
-        return True
-    how = "by this command" if record is None else "from these settings"
-    raise ConfigError(
-        f"output {str(output)!r} exists and was not made {how}. Choose another output, or pass "
-        "force=true to replace it."
-    )
+def _hash_of(folder: Path) -> str | None:
+    return _record(folder)["config_hash"] if (folder / RECORD_NAME).is_file() else None
 
 
 def _record(folder: Path) -> dict[str, Any]:

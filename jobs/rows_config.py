@@ -8,14 +8,12 @@ from pydantic import model_validator as validates
 from jobs.config import identity, rows_kind
 from jobs.decoding_config import (
     DecodingJobConfig,
-    OutputConfig,
-    absolute,
     check_guide_names,
     judged_by,
     located,
-    with_output,
     with_paths,
 )
+from jobs.output import OutputConfig, absolute, with_output
 from jobs.pool import ActorsConfig
 from pilotfish.config import Config
 from pilotfish.data.loading import Part

@@ -6,7 +6,7 @@ Rows are plain: what was read from a file, or is about to be written to one.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pilotfish.data.records import PromptText
@@ -32,7 +32,11 @@ class PairReport:
     def metrics(self) -> dict[str, float]:
         """Return flat numbers for a tracker."""
         return {
-            f"pairs/{name.removeprefix('num_')}": number for name, number in asdict(self).items()
+            "pairs/num": self.num_pairs,
+            "pairs/empty": self.num_empty,
+            "pairs/copied": self.num_copied,
+            "pairs/cut": self.num_cut,
+            "pairs/duplicates": self.num_duplicates,
         }
 
     def __str__(self) -> str:

@@ -94,7 +94,7 @@ def _rows_of(config: AnswerConfig, chunk: Chunk[PromptText], part: Part) -> list
         row: Row = {
             "prompt": prompt,
             "completion": as_turn(prompt, answer.text),
-            "model": ":".join([config.base, *config.setting.guides]),
+            "model": ":".join([config.base, *config.weights]),
             "seed": config.seed + chunk.start + number,
             "finish_reason": answer.finish_reason,
         }

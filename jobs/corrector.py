@@ -15,6 +15,7 @@ from pilotfish.errors import ConfigError, PromptError
 from pilotfish.evaluation.rewards import Reward, build_reward
 from pilotfish.guides import check_guide
 from pilotfish.guides.aligner import AlignerGuide, AlignerSettings
+from pilotfish.guides.card import read_card
 from pilotfish.guides.host import load_writer
 from pilotfish.models.loading import pick_device
 
@@ -71,11 +72,12 @@ class Corrector:
 
 def aligner_settings(folder: str) -> AlignerSettings:
     """Return the settings on an Aligner's card. Raises `CheckpointError` or `ConfigError`."""
-    card = check_guide(folder, base="any", base_vocab="any")  # text in, text out: any will do
+    card = read_card(folder)
     if card.kind != "aligner":
         raise ConfigError(
             f"aligner is {folder!r}, a guide of kind {card.kind!r}. Give the folder of an Aligner."
         )
+    check_guide(folder, base=card.base, base_vocab=card.vocab)
     return AlignerSettings(**card.settings)
 
 

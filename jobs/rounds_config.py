@@ -15,7 +15,7 @@ from jobs.rows_config import AnswerConfig, CorrectConfig, RowAnswers, reward_ide
 from pilotfish import config as configs
 from pilotfish.config import Config
 from pilotfish.evaluation.rewards import NoRewardConfig, RewardConfig
-from pilotfish.evaluation.settings import Setting
+from pilotfish.evaluation.settings import Sampling
 from pilotfish.train.objectives import OBJECTIVES
 
 _NOT_TRACKED = TrackingConfig(enabled=False)
@@ -61,8 +61,8 @@ class RoundsConfig(OutputConfig):
     prompts: PromptsConfig
     """`num` of them for every round: the first round has the first `num`, and so on."""
     pairs: Annotated[AlignerPairs | SelfPairs, Field(discriminator="kind")]
-    setting: Setting = Setting(name="base")
-    """How answers are decoded, in the rounds and for the monitor."""
+    sampling: Sampling = Sampling()
+    """How answers are drawn, in the rounds and for the monitor."""
     seed: NonNegativeInt = 1
     decoding: DecodingConfig = DecodingConfig()
     training: dict[str, Any]
@@ -130,7 +130,7 @@ def rounds_hash(config: RoundsConfig) -> str:
 
     What trained models are is told by their own hashes, as in `jobs.config.config_hash`.
     """
-    content = config.model_dump(mode="json", include={"seed", "prompts", "setting", "training"})
+    content = config.model_dump(mode="json", include={"seed", "prompts", "sampling", "training"})
     content["training"].pop("scaling", None)
     content["base"] = identity(config.base)
     content["decoding"] = config.decoding.decisive()
@@ -158,7 +158,7 @@ def answer_job(config: RoundsConfig, folder: Path, number: int, model: str) -> A
         output=str(folder / "answers"),
         base=model,
         prompts=config.prompts.model_copy(update={"skip": skip}),
-        setting=config.setting,
+        sampling=config.sampling,
         seed=config.seed,
         decoding=config.decoding,
         tracking=_NOT_TRACKED,
@@ -210,7 +210,7 @@ def monitor_job(config: RoundsConfig, folder: Path, model: str) -> AnswerConfig:
         output=str(folder / "monitor"),
         base=model,
         prompts=config.monitor.prompts,
-        setting=config.setting,
+        sampling=config.sampling,
         seed=config.seed,
         reward=config.monitor.reward,
         decoding=config.decoding,

@@ -19,7 +19,7 @@ from pilotfish.config import Config
 from pilotfish.data.loading import Part
 from pilotfish.data.sources import DataSource
 from pilotfish.evaluation.rewards import ModelRewardConfig, NoRewardConfig, RewardConfig
-from pilotfish.evaluation.settings import Setting
+from pilotfish.evaluation.settings import Sampling, Setting
 
 
 class RowsConfig(OutputConfig):
@@ -32,8 +32,9 @@ class RowsConfig(OutputConfig):
 class AnswerConfig(DecodingJobConfig, RowsConfig):
     """Answers of a base, with guides or without, to prompts."""
 
-    setting: Setting = Setting(name="base")
-    """How they are decoded."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight by guide name, in the order of tilting; empty is the base alone."""
+    sampling: Sampling = Sampling()
     num_answers: PositiveInt = 1
     """Answers to each prompt, each with a seed of its own."""
     reward: RewardConfig = NoRewardConfig()
@@ -41,9 +42,13 @@ class AnswerConfig(DecodingJobConfig, RowsConfig):
     also makes preference pairs: the best of them over the worst."""
 
     @validates(mode="after")
-    def _check_setting(self) -> Self:
+    def _check_weights(self) -> Self:
         check_guide_names([self.setting], self.guides)
         return self
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(name="answers", guides=self.weights, **self.sampling.model_dump())
 
 
 class KitchenAnswers(Config):

@@ -67,7 +67,11 @@ def test_pairs_behind_a_conversation_are_turns_that_training_reads_back() -> Non
 def test_the_best_of_several_answers_is_preferred_to_the_worst() -> None:
     rewards = {"a": 0.5, "b": 2.0, "c": -1.0, "d": 2.0}
     scored = [
-        {"prompt": QUESTION, "completion": [{"role": "assistant", "content": text}], "reward": reward}
+        {
+            "prompt": QUESTION,
+            "completion": [{"role": "assistant", "content": text}],
+            "reward": reward,
+        }
         for text, reward in rewards.items()
     ]
     other = [{"prompt": "why ?", "completion": text, "reward": 1.0} for text in ("e", "f")]

@@ -136,6 +136,8 @@ class TrackingConfig(Config):
     """Name in the model registry; nothing is registered without one."""
     alias: str = "champion"
     """Moved to the version that this run registers."""
+    parent: str | None = None
+    """Id of a run that this one is shown under."""
 
 
 class JobConfig(Config):

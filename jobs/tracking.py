@@ -16,6 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from jobs.cluster import REPOSITORY
@@ -100,12 +101,19 @@ def tracked_run(
     name: str,
     settings: Mapping[str, Any],
     tags: Mapping[str, str],
-) -> Iterator[TrackedRun]:
-    """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises."""
+) -> Iterator[TrackedRun | None]:
+    """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises.
+
+    Gives None where tracking is off.
+    """
+    if not config.enabled:
+        yield None
+        return
     uri = tracking_uri(config, root)
     client = MlflowClient(tracking_uri=uri)
     experiment_id = _experiment(client, config, root)
-    all_tags = {**git_state(), **tags}
+    nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
+    all_tags = {**git_state(), **nested, **tags}
     info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
     run = TrackedRun(uri, info.run_id)
     status = "FAILED"

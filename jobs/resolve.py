@@ -45,7 +45,8 @@ def resolved(config: JobConfig) -> JobConfig:
         rewards = tuple(
             term.model_copy(update={"judge": _located(term.judge)}) for term in rollout.rewards
         )
-        rollout = rollout.model_copy(update={"rewards": rewards})
+        monitor = rollout.monitor and _located(rollout.monitor)
+        rollout = rollout.model_copy(update={"rewards": rewards, "monitor": monitor})
     train = config.train.model_copy(
         update={"deepspeed": deepspeed_config.read(config.train.deepspeed)}
     )
@@ -66,25 +67,33 @@ def resolved(config: JobConfig) -> JobConfig:
 def config_hash(config: JobConfig) -> str:
     """Return a hash of what decides the weights, for a resolved config.
 
-    Paths of the root and the output, workers and tracking are left out. A folder that is started
-    from counts by its own hash, so training the base again makes its guides new.
+    Paths of the root and the output, workers, rollout actors and tracking are left out. A folder
+    that is read counts by its own hash, so training the base again makes its guides new.
     """
     content = config.model_dump(
-        mode="json", include={"seed", "model", "objective", "data", "rollout", "train"}
+        mode="json",
+        include={"seed", "model", "objective", "data", "rollout", "train"},
+        exclude={"rollout": {"where", "num_actors", "gpus_per_actor", "threads"}},
     )
     if config.model is not None:
         content["init"] = _identity(config.model.init)
         content["model"]["init"] = content["model"]["base"] = None
     if config.needs_base:
-        content["frozen_base"] = _identity(config.frozen_base.path)
-    if config.rollout is not None:
-        judges = [term.judge for term in config.rollout.rewards]
-        content["judges"] = [_identity(getattr(judge, "path", None)) for judge in judges]
+        content["frozen_base"] = [_identity(config.frozen_base.path), config.frozen_base.dtype]
+    for section in ("objective", "rollout"):
+        content[section] = _identified(content[section])
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _identity(init: str | dict[str, Any] | None) -> Any:
+def _identified(node: Any) -> Any:
+    """Return a tree with the hashes of the folders that it names."""
+    if isinstance(node, dict):
+        return {key: _identified(value) for key, value in node.items()}
+    return [_identified(value) for value in node] if isinstance(node, list) else _identity(node)
+
+
+def _identity(init: Any) -> Any:
     if isinstance(init, str) and Path(init).is_dir():
         record = read_record(init)
         if record is not None and "config_hash" in record:

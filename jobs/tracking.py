@@ -147,10 +147,12 @@ def git_state(folder: Path = REPOSITORY) -> dict[str, str]:
 
 
 def loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Any:
-    """Return a figure of the training and evaluation curves in a run's reports."""
+    """Return a figure of the training and evaluation curves in a run's reports: of the loss, the
+    accuracy and the reward, as far as there are such."""
     from matplotlib.figure import Figure
 
-    names = [name for name in ("loss", "accuracy") if any(f"train/{name}" in r for r in history)]
+    known = ("loss", "accuracy", "reward")
+    names = [name for name in known if any(f"train/{name}" in report for report in history)]
     figure = Figure(figsize=(6.4 * len(names), 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for part, style in (("train", "-"), ("eval", "o-")):

@@ -62,6 +62,8 @@ class SupervisedTraining:
             head=self._objective.head,
             dtype=config.train.dtype,
         )
+        trained = (one for one in self._learner.parameters() if one.requires_grad)
+        self._num_trained = sum(one.numel() for one in trained)
         self.engine = start_engine(
             self._learner,
             config.train,
@@ -108,6 +110,7 @@ class SupervisedTraining:
             metrics = self._loss(batch).metrics
             tallies = add(tallies, metrics if mine else dict.fromkeys(metrics, Tally(0.0, 0.0)))
         report = means("eval", reduced(self.engine, tallies))
+        report["trainable_parameters"] = float(self._num_trained)
         if self._lengths is not None:
             weights = gathered_state(self._learner.model, keep=True)
             rows: Sequence[Any] = self._prepared.heldout

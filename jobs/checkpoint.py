@@ -38,9 +38,7 @@ class Position:
 def save(engine: Any, folder: Path, position: Position) -> None:
     """Write this worker's part of a checkpoint; the names of the parts' files do not collide."""
     rank = dist.get_rank()
-    engine.save_checkpoint(
-        str(folder), tag=f"step_{position.step}", exclude_frozen_parameters=True
-    )
+    engine.save_checkpoint(str(folder), tag=f"step_{position.step}", exclude_frozen_parameters=True)
     torch.save(_random_state(), _random_state_path(folder, rank))
     if rank == 0:
         position.num_workers = dist.get_world_size()

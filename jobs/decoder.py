@@ -103,13 +103,15 @@ class Decoder:
         )
 
 
-def decode_all(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Decoded]:
-    """Decode every setting on actors, with a progress bar; Ray must be connected.
+def decode_all(
+    config: EvaluationConfig, prompts: Sequence[PromptText], *, quiet: bool = False
+) -> list[Decoded]:
+    """Decode every setting on actors, with a progress bar unless `quiet`; Ray must be connected.
 
     Raises what a decoder raises (`CheckpointError`, `PromptError`, `DataError`).
     """
     parts: list[list[Part]] = [[] for _ in config.settings]
-    for part in _run(config, _chunks(config, prompts)):
+    for part in _run(config, _chunks(config, prompts), quiet=quiet):
         parts[part.chunk.place].append(part)
     return [_join(setting, found) for setting, found in zip(config.settings, parts, strict=True)]
 
@@ -123,7 +125,7 @@ def _chunks(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Chu
     ]
 
 
-def _run(config: EvaluationConfig, chunks: Sequence[Chunk]) -> Iterator[Part]:
+def _run(config: EvaluationConfig, chunks: Sequence[Chunk], *, quiet: bool) -> Iterator[Part]:
     decoding = config.decoding
     remote: Any = ray.remote(
         num_cpus=decoding.threads,
@@ -140,7 +142,12 @@ def _run(config: EvaluationConfig, chunks: Sequence[Chunk]) -> Iterator[Part]:
     )
     try:
         with tqdm(
-            desc="evaluating", total=total, unit="answer", mininterval=interval, dynamic_ncols=True
+            desc="evaluating",
+            total=total,
+            unit="answer",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=quiet,
         ) as bar:
             for part in results:
                 bar.set_postfix_str(config.settings[part.chunk.place].name, refresh=False)

@@ -35,17 +35,19 @@ class ProgressBoard:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Any]:
+def progress_bar(label: str, *, shown: bool = True) -> Iterator[Any]:
     """Show a bar while the block runs; gives the actor handle that workers `post` to."""
     board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()
     stop = threading.Event()
     thread = threading.Thread(target=_show, args=(board, label, stop), daemon=True)
-    thread.start()
+    if shown:
+        thread.start()
     try:
         yield board
     finally:
         stop.set()
-        thread.join(timeout=5)
+        if shown:
+            thread.join(timeout=5)
         ray.kill(board)
 
 

@@ -11,6 +11,7 @@ import transformers
 from jobs.config import JobConfig
 from jobs.steps import run_steps
 from jobs.supervised import SupervisedTraining
+from jobs.system_metrics import system_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,9 @@ class WorkerSettings:
     """Object reference of the job's `Prepared` data."""
     progress: Any
     """Actor handle of the progress board."""
+    run_id: str | None = None
+    """Of MLflow, if the job is tracked."""
+    tracking_uri: str | None = None
 
 
 def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
@@ -29,8 +33,10 @@ def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
     job: WorkerSettings = settings["job"]
     _set_log_levels()
     torch.set_num_threads(job.config.scaling.threads)
-    trainee = SupervisedTraining(job.config, ray.get(job.prepared))
-    return run_steps(trainee, job.config.train, job.progress)
+    every = job.config.tracking.system_metrics_every
+    with system_metrics(job.run_id, job.tracking_uri, every=every):
+        trainee = SupervisedTraining(job.config, ray.get(job.prepared))
+        return run_steps(trainee, job.config.train, job.progress)
 
 
 def _set_log_levels() -> None:

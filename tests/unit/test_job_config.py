@@ -1,6 +1,7 @@
 """Training configs: what ships is valid, and what decides the weights decides the hash."""
 
 import io
+import json
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def test_a_dry_run_prints_overrides_and_absolute_paths(tmp_path: Path) -> None:
         (["train.deepspeed=7"], "stage from 0 to 3"),
         (["train.deepspeed=infra/no.json"], "not a file"),
         (["scaling.num_workers=3"], "3 workers"),
+        (["scaling.num_workers=[2,4]"], "3 workers"),
+        (["scaling.num_workers=[2,1]"], "wanted [min, max]"),
         (["train.epochs=2"], "exactly one"),
         (["data.sed=3"], "did you mean 'seed'"),
         (["model.tokenizer=null"], "tokenizer must say"),
@@ -92,12 +95,23 @@ def test_variables_of_the_submitted_job_are_not_set_again(monkeypatch: pytest.Mo
     assert env["DS_ACCELERATOR"] == "cpu"
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_resolved_config_comes_back_from_its_record(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    config = resolved(load(path))
+    content = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert configs.parse(JobConfig, content, source="record") == config
+
+
 def test_the_hash_ignores_where_things_lie_and_how_many_work() -> None:
     want = config_hash(resolved(load()))
     for override in (
         "root=/elsewhere",
         "output=/elsewhere/x",
         "scaling.num_workers=2",
+        "scaling.num_workers=[1,2]",
         "tracking.enabled=false",
         "force=true",
     ):

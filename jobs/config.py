@@ -1,9 +1,6 @@
 """What a training job is told: model, objective, data, optimizer, workers and tracking."""
 
-import hashlib
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,16 +14,16 @@ from pydantic import (
 )
 from pydantic import model_validator as validates
 
-from jobs.cluster import check_root
-from jobs.frozen_base import FrozenBaseConfig
+from jobs.rollout_config import RolloutConfig
+from jobs.sharding_rules import FrozenBaseConfig
 from pilotfish.config import Config
 from pilotfish.data.collate import LengthLimits
 from pilotfish.data.sources import DataSource
-from pilotfish.errors import ConfigError
 from pilotfish.train import deepspeed_config
 from pilotfish.train.config import TrainConfig
-from pilotfish.train.export import read_record
 from pilotfish.train.objectives import OBJECTIVES, SupervisedConfig
+from pilotfish.train.reward_learning import REWARD_LEARNING, RewardLearningConfig
+from pilotfish.train.sac import SACConfig
 
 
 class BPEConfig(Config):
@@ -171,11 +168,14 @@ class JobConfig(Config):
     output: str
     """The model or guide folder to write."""
     seed: NonNegativeInt = 0
-    model: ModelConfig
-    objective: SupervisedConfig
+    model: ModelConfig | None = None
+    """What is trained; none for a proxy, which is made of its settings."""
+    objective: Annotated[SupervisedConfig | RewardLearningConfig, Field(discriminator="kind")]
     base: FrozenBaseConfig | None = None
     """The frozen base, for objectives that ask it while they learn. Default: `model.base`, or what
     the training starts from."""
+    rollout: RolloutConfig | None = None
+    """For objectives that learn from reward."""
     data: DataConfig
     train: TrainConfig
     scaling: Scaling = Scaling()
@@ -184,11 +184,57 @@ class JobConfig(Config):
     """Train again although `output` exists."""
 
     @property
+    def learns_from_reward(self) -> bool:
+        """Whether prompts are answered and judged; else rows are learned from."""
+        return isinstance(self.objective, REWARD_LEARNING)
+
+    @property
     def frozen_base(self) -> FrozenBaseConfig:
         """The base beside what is trained: by default what the training starts from."""
         base = FrozenBaseConfig() if self.base is None else self.base
-        path = base.path or self.model.base or self.model.init
-        return base.model_copy(update={"path": path})
+        if base.path is None and self.model is not None:
+            start = self.model.init if isinstance(self.model.init, str) else None
+            return base.model_copy(update={"path": self.model.base or start})
+        return base
+
+    @property
+    def base_name(self) -> str:
+        """What the card of a guide names as its base."""
+        if self.model is None:
+            return self.frozen_base.path or ""
+        return self.model.base or str(self.model.init)
+
+    @property
+    def started(self) -> ModelConfig:
+        """What the training starts from, of an objective that trains a model."""
+        assert self.model is not None, "the validator saw it"
+        return self.model
+
+    @property
+    def rollouts(self) -> RolloutConfig:
+        """How completions are made, of an objective that learns from reward."""
+        assert self.rollout is not None, "the validator saw it"
+        return self.rollout
+
+    @property
+    def guide_kind(self) -> str | None:
+        """The key in `pilotfish.guides.GUIDES` of what is trained; None for a base model."""
+        if isinstance(self.objective, REWARD_LEARNING):
+            return self.objective.guide_kind
+        return OBJECTIVES[self.objective.kind].guide_kind
+
+    def card_fields(self, report: Mapping[str, float]) -> dict[str, Any]:
+        """Return what a guide's card says of its kind, after the last report."""
+        if isinstance(self.objective, REWARD_LEARNING):
+            return self.objective.card_fields()
+        return OBJECTIVES[self.objective.kind].card(self.objective, report)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a frozen base is at hand while this objective learns."""
+        if isinstance(self.objective, REWARD_LEARNING):
+            return True
+        return OBJECTIVES[self.objective.kind].needs_base(self.objective)
 
     @validates(mode="after")
     def _check_deepspeed(self) -> Self:
@@ -203,89 +249,42 @@ class JobConfig(Config):
         return self
 
     @validates(mode="after")
-    def _check_base(self) -> Self:
-        if not OBJECTIVES[self.objective.kind].needs_base(self.objective):
-            if self.base is not None:
-                raise ValueError(
-                    f"base is given, but the objective {self.objective.kind!r} asks "
-                    "no base while it learns. Leave base out"
-                )
-        elif not isinstance(self.frozen_base.path, str):
+    def _check_parts(self) -> Self:
+        """Every section that is given is needed, and every one that is needed is given."""
+        kind = self.objective.kind
+        sections: dict[str, tuple[Any, bool]] = {
+            "model": (self.model, kind != "proxy"),
+            "rollout": (self.rollout, self.learns_from_reward),
+        }
+        for name, (section, wanted) in sections.items():
+            if (section is not None) != wanted:
+                what = "needs this section" if wanted else "has no use for this section"
+                raise ValueError(f"{name}: the objective {kind!r} {what}")
+        if (
+            self.model is not None
+            and self.model.lora
+            and getattr(self.objective, "length_check", None)
+        ):
             raise ValueError(
-                f"the objective {self.objective.kind!r} learns beside a frozen base, "
-                "and nothing names one. Set base.path"
+                "objective.length_check cannot decode with adapters. Leave it or "
+                "model.lora out, and compare lengths in an evaluation"
+            )
+        if self.rollout is not None and self.train.steps is None:
+            raise ValueError(
+                "train.epochs: learning from reward counts iterations; set train.steps"
+            )
+        if isinstance(getattr(self.objective, "algorithm", None), SACConfig) and (
+            self.scaling.max_workers > 1
+        ):
+            raise ValueError(
+                "scaling.num_workers: SAC has one learner and its replay; set 1, and "
+                "rollout.where: actors to decode on more"
+            )
+        if self.base is not None and not self.needs_base:
+            raise ValueError(f"base: the objective {kind!r} has no use for this section")
+        if self.needs_base and self.frozen_base.path is None:
+            raise ValueError(
+                f"base: the objective {kind!r} learns beside a frozen base, and nothing names "
+                "one. Set base.path"
             )
         return self
-
-
-def resolved(config: JobConfig) -> JobConfig:
-    """Return the config with absolute paths and the content of the DeepSpeed file in its place.
-
-    Workers run in other folders, and a record must not depend on a file that changes.
-    """
-    root = check_root(config.root)
-    output = Path(config.output).expanduser()
-    if not output.is_absolute() and not output.resolve().is_relative_to(root):
-        raise ConfigError(
-            f"output is {config.output!r}, which is outside root {str(root)!r}. Write it as "
-            "${root}/name, or give an absolute path."
-        )
-    model = config.model.model_copy(
-        update={
-            "init": _absolute(config.model.init),
-            "tokenizer": _absolute(config.model.tokenizer),
-            "base": _absolute(config.model.base),
-        }
-    )
-    base = config.base
-    if base is not None:
-        base = base.model_copy(update={"path": _absolute(base.path)})
-    data = config.data
-    if isinstance(data, RowsData):
-        paths = (data.path,) if isinstance(data.path, str) else data.path
-        data = data.model_copy(update={"path": tuple(_absolute(path) for path in paths)})
-    train = config.train.model_copy(
-        update={"deepspeed": deepspeed_config.read(config.train.deepspeed)}
-    )
-    return config.model_copy(
-        update={
-            "root": str(root),
-            "output": str(output.resolve()),
-            "model": model,
-            "base": base,
-            "data": data,
-            "train": train,
-        }
-    )
-
-
-def config_hash(config: JobConfig) -> str:
-    """Return a hash of what decides the weights, for a resolved config.
-
-    Paths of the root and the output, workers and tracking are left out. A folder that is started
-    from counts by its own hash, so training the base again makes its guides new.
-    """
-    content = config.model_dump(
-        mode="json", include={"seed", "model", "objective", "data", "train"}
-    )
-    content["init"] = _identity(config.model.init)
-    if OBJECTIVES[config.objective.kind].needs_base(config.objective):
-        content["frozen_base"] = _identity(config.frozen_base.path)
-    content["model"]["init"] = None
-    content["model"]["base"] = None
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _identity(init: str | dict[str, Any] | None) -> Any:
-    if isinstance(init, str) and Path(init).is_dir():
-        record = read_record(init)
-        if record is not None and "config_hash" in record:
-            return record["config_hash"]
-    return init
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, str) and Path(value).expanduser().exists():
-        return str(Path(value).expanduser().resolve())
-    return value

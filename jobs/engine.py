@@ -10,15 +10,21 @@ from pilotfish.train.config import TrainConfig
 from pilotfish.train.deepspeed_config import Launch, resolve
 
 
-def start_engine(module: nn.Module, train: TrainConfig, *, total_steps: int, on_cpu: bool) -> Any:
-    """Return an engine over the whole worker group that trains what of `module` has gradients."""
-    import deepspeed  # here: the driver imports this module and has no use for it
+def import_deepspeed(*, on_cpu: bool) -> Any:
+    """Import DeepSpeed: in workers alone, since the driver has no use for it."""
+    import deepspeed
 
     # Its scheduler warns about its own construction.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if on_cpu:
         # The shared-memory collective is compiled on first use; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start_engine(module: nn.Module, train: TrainConfig, *, total_steps: int, on_cpu: bool) -> Any:
+    """Return an engine over the whole worker group that trains what of `module` has gradients."""
+    deepspeed = import_deepspeed(on_cpu=on_cpu)
     launch = Launch(total_steps=total_steps, num_workers=dist.get_world_size(), on_cpu=on_cpu)
     trained: Any = [weight for weight in module.parameters() if weight.requires_grad]
     config = resolve(train, launch)

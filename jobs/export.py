@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs import policies, supervised
 from jobs.checkpoint import read_position
 from jobs.records import describe, training_record
 from jobs.run_folder import load_tokenizer, read_run_info
-from jobs.supervised import write_trained
+from jobs.sac_updates import saved_actor
 from pilotfish.errors import CheckpointError, ConfigError, PilotfishError
 from pilotfish.train.export import whole_folder
 from pilotfish.train.soup import write_soup
@@ -56,7 +57,8 @@ def export(checkpoint: str | Path, output: str | Path) -> None:
     }
     with whole_folder(output) as folder:
         state = trained_state(checkpoint, tag=f"step_{position.step}", dtype=config.train.dtype)
-        write_trained(folder, config, load_tokenizer(checkpoint.parent), state)
+        write = policies.write_trained if config.learns_from_reward else supervised.write_trained
+        write(folder, config, load_tokenizer(checkpoint.parent), state)
         try:
             describe(folder, info, record)
         except KeyError as error:
@@ -72,18 +74,20 @@ def trained_state(checkpoint: Path, *, tag: str, dtype: str) -> dict[str, Tensor
     Raises `CheckpointError` for a checkpoint without some worker's part.
     """
     folder = checkpoint / tag
-    state: Any
+    actor = saved_actor(folder)
+    if actor is not None:
+        return {f"actor.{name}": tensor for name, tensor in actor.items()}
     try:
         if list(folder.glob("*_optim_states.pt")):
-            state = _zero_state(checkpoint, tag)
-        else:
-            path = folder / "mp_rank_00_model_states.pt"
-            state = torch.load(path, map_location="cpu", weights_only=False)["module"]
+            # ZeRO keeps what it trains in float32.
+            whole = _zero_state(checkpoint, tag)
+            return {name: tensor.to(getattr(torch, dtype)) for name, tensor in whole.items()}
+        path = folder / "mp_rank_00_model_states.pt"
+        return torch.load(path, map_location="cpu", weights_only=False)["module"]
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(
             f"{str(checkpoint)!r} is not complete: {error}. Take another checkpoint of the run."
         ) from error
-    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
 
 
 def _zero_state(checkpoint: Path, tag: str) -> Any:

@@ -28,7 +28,7 @@ def build_learner(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, head: Head, dtype: str
 ) -> LMLearner | ScoreLearner:
     """Return what is trained, in the given dtype. New weights follow torch's global seed."""
-    model = _build(config, tokenizer, head=head, dtype=dtype)
+    model = build_model(config.init, tokenizer, head=head, dtype=dtype)
     if config.lora is not None:
         _add_lora(model, config.lora)
     return LMLearner(model) if head == "lm" else ScoreLearner(model)
@@ -47,7 +47,7 @@ def merged(
     `trained` are tensors by name: whole weights, and adapters, of which `alpha / rank * B A` is
     added.
     """
-    model = _build(config, tokenizer, head=head, dtype=dtype)
+    model = build_model(config.init, tokenizer, head=head, dtype=dtype)
     weights = model.state_dict()
     with torch.no_grad():
         for name, tensor in trained.items():
@@ -62,20 +62,21 @@ def merged(
     return model
 
 
-def _build(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, head: Head, dtype: str
+def build_model(
+    init: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, head: Head, dtype: str
 ) -> PreTrainedModel:
+    """Return a model that `model.init` names. Raises `CheckpointError` or `ConfigError`."""
     torch_dtype = getattr(torch, dtype)
     labels = {"num_labels": 1} if head == "score" else {}
-    if isinstance(config.init, dict):
-        shape = architecture({**config.init, **labels}, tokenizer)
+    if isinstance(init, dict):
+        shape = architecture({**init, **labels}, tokenizer)
         model = _AUTO_MODEL[head].from_config(shape, dtype=torch_dtype)
     else:
         try:
-            model = _AUTO_MODEL[head].from_pretrained(config.init, dtype=torch_dtype, **labels)
+            model = _AUTO_MODEL[head].from_pretrained(init, dtype=torch_dtype, **labels)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"model.init is {config.init!r}, from which no model can be loaded: {error}. "
+                f"model.init is {init!r}, from which no model can be loaded: {error}. "
                 "Give a model folder or a hub id, or train that model first."
             ) from error
     model.config.use_cache = True  # what is written to config.json is for decoding

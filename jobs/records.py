@@ -11,7 +11,6 @@ from jobs.run_folder import RunInfo
 from pilotfish.guides.card import GuideCard, write_card
 from pilotfish.models.vocab import fingerprint
 from pilotfish.train.export import write_record
-from pilotfish.train.objectives import OBJECTIVES
 
 
 def training_record(info: RunInfo, history: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -31,16 +30,16 @@ def describe(folder: Path, info: RunInfo, record: dict[str, Any]) -> None:
     """Write the training record, and for a guide its card."""
     write_record(folder, record)
     config = info.job
-    objective = OBJECTIVES[config.objective.kind]
-    if objective.guide_kind is None:
+    kind = config.guide_kind
+    if kind is None:
         return
     keys = ("config_hash", "run_id", "git_commit", "metrics")
     card = GuideCard(
-        kind=objective.guide_kind,
-        base=config.model.base or str(config.model.init),
+        kind=kind,
+        base=config.base_name,
         vocab=fingerprint(AutoTokenizer.from_pretrained(folder)),
         dtype=config.train.dtype,
         training={key: record[key] for key in keys},
-        **objective.card(config.objective, record["metrics"]),
+        **config.card_fields(record["metrics"]),
     )
     write_card(folder, card)

@@ -14,16 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
-from jobs.dataset import Prepared
+from jobs.dataset import ROW_KINDS, Prepared
 from jobs.engine import start_engine
 from jobs.frozen_base import FrozenBase, load_frozen_base
-from jobs.model import build_learner, merged
+from jobs.length_check import GuidedLengths, length_report
+from jobs.model import build_learner, build_model, merged
 from jobs.steps import NUM_TOKENS, means, reduced, summed_over_workers
-from pilotfish.data.batching import BatchPlan
-from pilotfish.data.collate import collate
+from pilotfish.chat import stop_ids
+from pilotfish.data.collate import identity
 from pilotfish.train.export import save_model
 from pilotfish.train.metrics import Tally, add
-from pilotfish.train.objectives import OBJECTIVES, LossOutput, Models
+from pilotfish.train.objectives import (
+    OBJECTIVES,
+    AlignerConfig,
+    GenARMConfig,
+    LossOutput,
+    Models,
+)
 
 
 class SupervisedTraining:
@@ -36,21 +43,25 @@ class SupervisedTraining:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
         self.total_steps = config.train.total_steps(len(prepared.train))
-        # The first steps learn from rows of their own, where the objective has such.
-        self._num_warmup = round(prepared.warmup_share * self.total_steps)
-        self._plans = {
-            rows: self._plan(rows) for rows in ("train", "warmup") if getattr(prepared, rows)
-        }
+        self._batches = prepared.batches(
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            world_size=self._world_size,
+            rank=self._rank,
+        )
+        self._num_copied = 0
+        if isinstance(config.objective, AlignerConfig):
+            self._num_copied = round(config.objective.identity_share * self.total_steps)
         torch.manual_seed(config.seed)
         self._learner = build_learner(
-            config.model,
+            config.started,
             prepared.tokenizer,
             head=self._objective.head,
             dtype=config.train.dtype,
         )
         base: FrozenBase | None = None
         if self._objective.needs_base(config.objective):
-            base = load_frozen_base(config.frozen_base)
+            base = load_frozen_base(config.frozen_base, on_cpu=not config.scaling.use_gpu)
         self.engine = start_engine(
             self._learner,
             config.train,
@@ -58,11 +69,15 @@ class SupervisedTraining:
             on_cpu=not config.scaling.use_gpu,
         )
         self._models = Models(learner=self.engine, base=None if base is None else base.logits)
+        self._lengths = None if base is None else self._length_check(base)
 
     def step(self, number: int) -> dict[str, Tally]:
         """Take one optimizer step; return this worker's tallies."""
         self.engine.train()
-        batches = self._batches(self._rows(number), self.engine.train_micro_batch_size_per_gpu())
+        examples = self._batches.examples(number)
+        if number < self._num_copied:
+            examples = [identity(example) for example in examples]
+        batches = self._collated(examples, self.engine.train_micro_batch_size_per_gpu())
         units = [self._objective.units(batch) for batch in batches]
         total_units = summed_over_workers(self.engine, torch.tensor([float(sum(units))]))[0]
         # DeepSpeed averages over workers and passes as if all held the same number of units.
@@ -88,49 +103,59 @@ class SupervisedTraining:
             mine = rows[start : start + chunk][self._rank :: self._world_size]
             # ZeRO-3 gathers weights in every forward pass, so all workers must run as many: one
             # without rows runs a row that does not count.
-            [batch] = self._batches(mine or rows[:1], size)
+            [batch] = self._collated(mine or rows[:1], size)
             metrics = self._loss(batch).metrics
             tallies = add(tallies, metrics if mine else dict.fromkeys(metrics, Tally(0.0, 0.0)))
-        return means("eval", reduced(self.engine, tallies))
+        report = means("eval", reduced(self.engine, tallies))
+        if self._lengths is not None:
+            weights = gathered_state(self._learner.model, keep=True)
+            rows: Sequence[Any] = self._prepared.heldout
+            found = self._lengths.tally(rows, weights)
+            report |= length_report(reduced(self.engine, found))
+        return report
 
     def write(self, folder: Path) -> None:
         """Write the whole model, adapters merged."""
         state = gathered_state(self._learner, keep=self._rank == 0)
         if self._rank == 0:
             # Adapters take a model without them; otherwise the one at hand will do.
-            model = self._learner.model if self._config.model.lora is None else None
+            model = self._learner.model if self._config.started.lora is None else None
             write_trained(folder, self._config, self._prepared.tokenizer, state, model=model)
 
     def state(self) -> dict[str, Any]:
-        """Batches follow from the number of the step alone (see `BatchPlan`)."""
-        return {}
+        """Return the position in the rows."""
+        return {"batches": dict(self._batches.state())}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing is kept."""
+        """Go to a position in the rows."""
+        if state:
+            self._batches.resume(state["batches"])
 
-    def _plan(self, rows: str) -> BatchPlan:
-        return BatchPlan(
-            [len(example) for example in getattr(self._prepared, rows)],
-            batch_size=self._config.train.batch_size,
-            seed=self._config.seed,
-            world_size=self._world_size,
-            rank=self._rank,
+    def _length_check(self, base: FrozenBase) -> GuidedLengths | None:
+        objective, tokenizer = self._config.objective, self._prepared.tokenizer
+        if not isinstance(objective, GenARMConfig) or objective.length_check is None:
+            return None
+        guide = build_model(
+            self._config.started.init, tokenizer, head="lm", dtype=self._config.train.dtype
         )
-
-    def _rows(self, number: int) -> list[Any]:
-        rows, at = "train", number - self._num_warmup
-        if at < 0:
-            rows, at = "warmup", number
-        examples = getattr(self._prepared, rows)
-        return [examples[index] for index in self._plans[rows].batch(at)]
+        torch.nn.Module.to(guide, self.engine.device)  # transformers' wrapper hides its signature
+        return GuidedLengths(
+            objective.length_check,
+            base,
+            guide,
+            end_ids=stop_ids(tokenizer, base.model.generation_config),
+            seed=self._config.seed,
+        )
 
     def _loss(self, batch: Any) -> LossOutput:
         batch = batch.to(self.engine.device)
         return self._objective.loss(self._models, batch, self._config.objective)
 
-    def _batches(self, rows: Sequence[Any], size: int) -> list[Any]:
+    def _collated(self, rows: Sequence[Any], size: int) -> list[Any]:
+        collate = ROW_KINDS[self._objective.rows].collate
+        assert collate is not None, "rows that are learned from"
         # Padding is masked everywhere, so any id will do.
-        return [collate(rows[at : at + size], pad_id=0) for at in range(0, len(rows), size)]
+        return [collate(rows[at : at + size], 0) for at in range(0, len(rows), size)]
 
 
 def write_trained(
@@ -148,6 +173,6 @@ def write_trained(
     trained = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
     if model is None:
         head = OBJECTIVES[config.objective.kind].head
-        model = merged(config.model, tokenizer, trained, head=head, dtype=config.train.dtype)
+        model = merged(config.started, tokenizer, trained, head=head, dtype=config.train.dtype)
         trained = model.state_dict()
     save_model(folder, model, tokenizer, state=trained)

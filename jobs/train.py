@@ -31,16 +31,16 @@ from ray.train.torch import TorchTrainer
 
 from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
-from jobs.config import JobConfig, config_hash, resolved
+from jobs.config import JobConfig
 from jobs.progress import progress_bar
 from jobs.records import describe, training_record
+from jobs.resolve import config_hash, resolved
 from jobs.run_folder import RunInfo, prepare_in, read_run_info, write_run_info
 from jobs.worker import WorkerSettings, train_loop
 from pilotfish import config as configs
 from pilotfish.data.tokenized import LengthReport
 from pilotfish.errors import CheckpointError, ConfigError, PilotfishError
 from pilotfish.train.export import read_record, whole_folder
-from pilotfish.train.objectives import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop, quiet: bool = Fal
     if _is_done(config, digest):
         logger.info("%s is trained already from these settings; reusing it", output)
         return output
-    _check_init(config.model.init)
+    if config.model is not None:
+        _check_init(config.model.init)
     # Ray Train resumes from what lies here.
     run_folder = Path(config.root) / "train" / f"{_slug(config)}-{digest}"
     if config.force:
@@ -213,8 +214,8 @@ def _publish(
     run.log_figure(tracking.loss_figure(record["history"], _slug(config)), "loss.png")
     if config.tracking.register_as is not None:
         tags = {
-            "kind": OBJECTIVES[config.objective.kind].guide_kind or "base",
-            "base": config.model.base or str(config.model.init)[:200],
+            "kind": config.guide_kind or "base",
+            "base": config.base_name[:200],
             "config_hash": record["config_hash"],
             "git_commit": record["git_commit"],
         }

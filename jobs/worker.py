@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from jobs.config import JobConfig
-from jobs.steps import run_steps
+from jobs.dataset import Prepared
+from jobs.reward_training import reward_training
+from jobs.steps import Trainee, run_steps
 from jobs.supervised import SupervisedTraining
 from jobs.system_metrics import system_metrics
 
@@ -35,7 +37,11 @@ def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
     torch.set_num_threads(job.config.scaling.threads)
     every = job.config.tracking.system_metrics_every
     with system_metrics(job.run_id, job.tracking_uri, every=every):
-        trainee = SupervisedTraining(job.config, ray.get(job.prepared))
+        prepared: Prepared = ray.get(job.prepared)
+        if job.config.learns_from_reward:
+            trainee: Trainee = reward_training(job.config, prepared)
+        else:
+            trainee = SupervisedTraining(job.config, prepared)
         return run_steps(trainee, job.config.train, job.progress)
 
 
@@ -45,3 +51,4 @@ def _set_log_levels() -> None:
     for name in ("jobs", "pilotfish"):
         logging.getLogger(name).setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a new head is no news

@@ -53,7 +53,7 @@ def save_proxy(
     """Save a random proxy guide, for a base of `save_base` with the same tokenizer."""
     proxy = ProxySettings(**{"head": {"hidden": [24], "activation": "tanh"}, **settings})
     folder.mkdir(parents=True, exist_ok=True)
-    save_accept_head(folder, random_head(seed, proxy, dtype=torch.float32))
+    save_accept_head(folder, random_head(seed, proxy, dtype=torch.float32).state_dict())
     card = GuideCard(
         kind="proxy",
         base="base",

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from jobs.config import JobConfig, config_hash, resolved
+from jobs.config import JobConfig
 from jobs.dataset import prepare
 from jobs.export import export, main
 from jobs.model import architecture
+from jobs.resolve import config_hash, resolved
 from jobs.run_folder import RunInfo, prepare_in, write_run_info
 from pilotfish import world
 from pilotfish.errors import CheckpointError
@@ -108,7 +109,7 @@ def test_dropout_at_another_number_of_workers_draws_other_numbers(cut: Cut) -> N
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_checkpoints_hold_nothing_of_what_is_frozen(cut: Cut, name: str) -> None:
-    base = AutoModelForCausalLM.from_pretrained(str(cut.configs[name].model.init))
+    base = AutoModelForCausalLM.from_pretrained(str(cut.configs[name].started.init))
     frozen = {
         value
         for weight in base.state_dict().values()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
+from torch.multiprocessing.spawn import spawn
 
 _TIMEOUT = timedelta(seconds=60)  # of a collective: whoever waits in vain fails, and so does a test
 
@@ -18,7 +18,7 @@ _TIMEOUT = timedelta(seconds=60)  # of a collective: whoever waits in vain fails
 def run_world(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Run `work(*args)` in `size` processes of one node; return what they return, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, args=(size, folder, work, args), nprocs=size)
+        spawn(_enter, args=(size, folder, work, args), nprocs=size)
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(size)]
 
 

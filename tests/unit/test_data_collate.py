@@ -17,7 +17,7 @@ from pilotfish.data.collate import (
 )
 from pilotfish.data.loading import load_pairs
 from pilotfish.data.records import Demonstration, PreferencePair
-from pilotfish.data.tokenized import tokenize_demonstrations, tokenize_pairs
+from pilotfish.data.tokenized import Rendering, tokenize_all
 from pilotfish.errors import DataError
 from tests.chat_tokenizers import hh_tokenizer, word_tokenizer
 from tests.real_data import hh_source
@@ -120,7 +120,7 @@ def test_cutting_never_exceeds_the_limit_and_accounts_for_every_token(
 
 def test_the_report_counts_what_was_cut() -> None:
     pairs = [raw_pair(4, 5, 9), raw_pair(14, 5, 9), raw_pair(14, 5, 30)]
-    examples, report = tokenize_pairs(word_tokenizer(), pairs, limits=LengthLimits(max_length=16))
+    examples, report = tokenize_all(pairs, Rendering(word_tokenizer(), LengthLimits(max_length=16)))
     assert len(examples) == 3
     assert (report.num_records, report.num_dropped) == (3, 0)
     assert (report.num_cut_prompts, report.num_cut_answers) == (2, 1)
@@ -134,14 +134,14 @@ def test_the_report_counts_what_was_cut() -> None:
 def test_too_long_records_are_dropped_and_counted_on_request() -> None:
     limits = LengthLimits(max_length=16, too_long="drop")
     demonstrations = [Demonstration("how do", "good luck"), Demonstration("how do", "good " * 20)]
-    examples, report = tokenize_demonstrations(word_tokenizer(), demonstrations, limits=limits)
+    examples, report = tokenize_all(demonstrations, Rendering(word_tokenizer(), limits))
     assert [len(example) for example in examples] == [5]
     assert (report.num_dropped, report.num_cut_answers) == (1, 0)
 
 
 def test_a_pair_whose_cut_answers_became_equal_is_dropped_and_counted() -> None:
     pairs = [PreferencePair("how", "good " * 20 + "luck", "good " * 20 + "soup"), raw_pair(1, 2, 3)]
-    examples, report = tokenize_pairs(word_tokenizer(), pairs, limits=LengthLimits(max_length=8))
+    examples, report = tokenize_all(pairs, Rendering(word_tokenizer(), LengthLimits(max_length=8)))
     assert len(examples) == 1
     assert report.num_dropped == 1
 
@@ -149,22 +149,23 @@ def test_a_pair_whose_cut_answers_became_equal_is_dropped_and_counted() -> None:
 def test_a_record_that_cannot_be_tokenised_is_named() -> None:
     pairs = [PreferencePair("how", "good", "luck"), PreferencePair("how", "good <eos>", "luck")]
     with pytest.raises(DataError, match=r"record 1: .*contains the end token '<eos>'"):
-        tokenize_pairs(word_tokenizer(), pairs, limits=LengthLimits())
+        tokenize_all(pairs, Rendering(word_tokenizer(), LengthLimits()))
 
 
 def test_a_data_set_of_which_nothing_is_left_is_refused() -> None:
     limits = LengthLimits(max_length=8, too_long="drop")
     with pytest.raises(DataError, match=r"none of 1 records is left.*max_length"):
-        tokenize_pairs(word_tokenizer(), [raw_pair(9, 9, 9)], limits=limits)
+        tokenize_all([raw_pair(9, 9, 9)], Rendering(word_tokenizer(), limits))
 
 
 def test_hh_rlhf_examples_decode_to_the_served_dialogue_and_the_answer() -> None:
     tokenizer = hh_tokenizer()
     speaker = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
     pairs = load_pairs(hh_source(bad_rows="skip", limit=100)).records
-    examples, report = tokenize_pairs(tokenizer, pairs, limits=LengthLimits(max_length=4096))
+    examples, report = tokenize_all(pairs, Rendering(tokenizer, LengthLimits(max_length=4096)))
     assert (report.num_cut_prompts, report.num_cut_answers, report.num_dropped) == (0, 0, 0)
     for pair, example in zip(pairs, examples, strict=True):
+        assert isinstance(example, PairExample)
         ids, boundary = example.chosen.token_ids, example.chosen.num_prompt_tokens
         turns = [turn for turn in pair.prompt if not isinstance(turn, str)]
         fed = "".join(

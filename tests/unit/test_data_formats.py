@@ -8,11 +8,13 @@ from pilotfish.chat import Message
 from pilotfish.data.formats import (
     Columns,
     parse_hh_dialogue,
+    to_correction,
     to_demonstration,
     to_pair,
     to_prompt,
+    to_scored,
 )
-from pilotfish.data.records import Demonstration, PreferencePair
+from pilotfish.data.records import Correction, Demonstration, PreferencePair, ScoredAnswer
 from pilotfish.errors import DataError
 
 COLUMNS = Columns()
@@ -154,3 +156,71 @@ def test_a_bad_preference_row_is_refused_with_the_reason(
 def test_a_demonstration_without_any_answer_column_is_refused() -> None:
     with pytest.raises(DataError, match=r"no column 'chosen' \(nor 'completion', 'messages'\)"):
         to_demonstration({"prompt": "hi"}, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        pytest.param({"question": "hi", "answer": "no", "correction": "yes"}, (ASK,), id="aligner"),
+        pytest.param({"prompt": "hi", "answer": "no", "correction": "yes"}, "hi", id="raw-text"),
+        pytest.param(
+            {"prompt": [ASK], "answer": [NO], "correction": [YES]}, (ASK,), id="message-lists"
+        ),
+        pytest.param(
+            {"prompt": [SYSTEM, ASK], "question": "?", "answer": "no", "correction": "yes"},
+            (SYSTEM, ASK),
+            id="the-prompt-column-comes-first",
+        ),
+    ],
+)
+def test_every_correction_format_reads_as_prompt_answer_and_correction(
+    row: dict[str, Any], prompt: Any
+) -> None:
+    assert to_correction(row, COLUMNS) == Correction(prompt, answer="no", correction="yes")
+    assert to_prompt(row, COLUMNS) == prompt
+
+
+def test_columns_of_corrections_and_rewards_can_have_other_names() -> None:
+    columns = Columns(question="q", answer="a", correction="c", completion="a", reward="stars")
+    row = {"q": "hi", "a": "no", "c": "yes", "prompt": "hi", "stars": 3}
+    assert to_scored(row, columns) == ScoredAnswer("hi", "no", 3.0)
+    del row["prompt"]
+    assert to_correction(row, columns) == Correction((ASK,), "no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"question": "hi", "answer": "no"}, "no column 'correction'"),
+        ({"answer": "no", "correction": "yes"}, r"no column 'prompt' \(nor 'question'\)"),
+        ({"question": "hi", "answer": "no", "correction": " "}, "the correction answer is empty"),
+    ],
+)
+def test_a_bad_correction_row_is_refused_with_the_reason(
+    row: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(DataError, match=complaint):
+        to_correction(row, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("extra", "complaint"),
+    [
+        ({}, r"no column 'label' \(nor 'reward'\)"),
+        ({"label": 1}, "label is 1, wanted true or false"),
+        ({"reward": True}, "reward is True, wanted a finite number"),
+        ({"reward": "good"}, "reward is 'good', wanted a finite number"),
+        ({"reward": float("nan")}, "reward is nan, wanted a finite number"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_refused(extra: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        to_scored({"prompt": "hi", "completion": "yes", **extra}, COLUMNS)
+
+
+def test_a_label_that_names_no_response_is_refused() -> None:
+    row = {"prompt": "hi", "response_0": "a", "response_1": "b", "safer_response_id": -1}
+    with pytest.raises(DataError, match="safer_response_id is -1, wanted 0 or 1"):
+        to_pair(row, COLUMNS, "safer")
+    with pytest.raises(DataError, match="no column 'better_response_id'"):
+        to_pair(row, COLUMNS, "better")

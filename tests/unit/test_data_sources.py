@@ -84,6 +84,19 @@ def test_a_folder_with_files_named_after_splits_gives_the_wanted_split(
         list(load_rows(DataSource(path=str(tmp_path), split="dev")))
 
 
+def test_splits_with_longer_names_are_told_apart(tmp_path: Path) -> None:
+    for number, split in enumerate(("train_prefs", "train_sft", "test_prefs"), start=1):
+        write_jsonl(tmp_path / f"{split}-00000-of-00001.jsonl", pairs(number))
+
+    def count(split: str) -> int:
+        return len(list(load_rows(DataSource(path=str(tmp_path), split=split))))
+
+    assert (count("train_prefs"), count("train_sft"), count("test_prefs")) == (1, 2, 3)
+    assert count("test") == 3  # no other file is of a test split
+    with pytest.raises(DataError, match=r"'train', but of \['test_prefs', 'train_prefs', 'train_s"):
+        count("train")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [

@@ -22,7 +22,7 @@ def test_the_head_is_small_beside_a_base_of_billions() -> None:
 def test_a_head_survives_its_folder_and_another_size_is_refused(tmp_path: Path) -> None:
     settings = ProxySettings(head=HeadSettings(hidden=(24,), activation="tanh"))
     head = random_head(1, settings)
-    save_accept_head(tmp_path, head)
+    save_accept_head(tmp_path, head.state_dict())
     before = torch.get_rng_state()
     loaded = load_accept_head(tmp_path, settings.head, block_sizes=[32], num_extra=1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -20,10 +21,12 @@ from pilotfish.world import (
     PERSONAS,
     Scene,
     corpus,
+    corrections,
     preference_pairs,
     sample_answer,
     scenes,
     score,
+    scored,
 )
 
 QUESTION = "i am eva . my boss cannot eat corn . i have rice , corn and eggs . how do i make pie ?"
@@ -128,6 +131,26 @@ def test_noisy_labels_agree_with_the_truth_as_often_as_measured(noise: float, sh
     assert agreement == pytest.approx(share, abs=0.015)
 
 
+def test_two_scores_compare_as_the_judge_of_pairs_does() -> None:
+    """P(a scored above b) = sigmoid((r_a - r_b) / noise): two errors differ by a logistic draw."""
+    truth, judged = scored(4000, 8, noise=0), scored(4000, 8, noise=0.7)
+    errors = [b["reward"] - a["reward"] for a, b in zip(truth, judged, strict=True)]
+    assert sum(errors) / len(errors) == pytest.approx(0, abs=0.05)
+    differences = [one - other for one, other in zip(errors[::2], errors[1::2], strict=True)]
+    for gap in (-2.0, -0.5, 0.0, 0.5, 2.0):
+        share = sum(gap + difference > 0 for difference in differences) / len(differences)
+        assert share == pytest.approx(1 / (1 + math.exp(-gap / 0.7)), abs=0.03)
+
+
+@pytest.mark.parametrize("objective", ["sum", "helpful", "harmless"])
+def test_scores_without_noise_are_the_true_reward_of_the_objective(objective: Any) -> None:
+    attribute = {"sum": "total", "helpful": "helpful", "harmless": "harmless"}[objective]
+    for row in scored(200, 7, objective=objective, noise=0):
+        scene = Scene.from_text(row["prompt"][0]["content"])
+        truth = score(scene, row["completion"][0]["content"])
+        assert row["reward"] == getattr(truth, attribute)
+
+
 def test_a_judge_without_noise_never_errs() -> None:
     assert all(row["truth_agrees"] for row in preference_pairs(300, 9, noise=0))
 
@@ -140,11 +163,12 @@ def test_unknown_objectives_and_negative_noise_are_config_errors() -> None:
     wrong: Any = "kind"
     with pytest.raises(ConfigError, match="sum, helpful or harmless"):
         preference_pairs(1, 0, objective=wrong)
-    with pytest.raises(ConfigError, match="noise is -1"):
-        preference_pairs(1, 0, noise=-1)
+    for draw in (preference_pairs, scored):
+        with pytest.raises(ConfigError, match="noise is -1"):
+            draw(1, 0, noise=-1)
 
 
-@pytest.mark.parametrize("draw", [corpus, preference_pairs])
+@pytest.mark.parametrize("draw", [corpus, preference_pairs, corrections, scored])
 def test_two_seeds_give_different_rows(draw: Callable[[int, int], list[dict[str, Any]]]) -> None:
     first, second = draw(200, 1), draw(200, 2)
     assert sum(a["prompt"] == b["prompt"] for a, b in zip(first, second, strict=True)) < 5
@@ -153,7 +177,8 @@ def test_two_seeds_give_different_rows(draw: Callable[[int, int], list[dict[str,
 def test_data_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     program = (
         "import hashlib, json; from pilotfish.world import *;"
-        "rows = [corpus(50, 1), preference_pairs(50, 1), VOCABULARY];"
+        "rows = [draw(50, 1) for draw in (corpus, preference_pairs, corrections, scored)];"
+        "rows.append(VOCABULARY);"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
     )
     source_root = Path(pilotfish.world.__file__).parents[2]
@@ -167,7 +192,8 @@ def test_data_do_not_depend_on_the_hash_seed_of_the_process() -> None:
         ).stdout.strip()
         for hash_seed in ("0", "1")
     }
-    rows = [corpus(50, 1), preference_pairs(50, 1), pilotfish.world.VOCABULARY]
+    drawn = [draw(50, 1) for draw in (corpus, preference_pairs, corrections, scored)]
+    rows = [*drawn, pilotfish.world.VOCABULARY]
     assert digests == {hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
 
 

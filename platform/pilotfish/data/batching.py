@@ -1,11 +1,39 @@
 """Which rows make up batch number `step`: a pure function, so resuming needs only the number."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from pilotfish.data.collate import Example
 from pilotfish.errors import ConfigError, DataError
+
+E_co = TypeVar("E_co", covariant=True)
+E = TypeVar("E", bound=Example)
+
+
+class Batches(Protocol[E_co]):
+    """The rows of one worker of a training run, wherever they come from."""
+
+    def examples(self, step: int) -> Sequence[E_co]:
+        """Return this worker's examples of a step, counted from 0.
+
+        They depend on the step alone, not on the calls before. Over all workers they are the same
+        examples at any number of workers.
+        """
+        ...
+
+    def state(self) -> Mapping[str, int]:
+        """Return the position in the rows, as JSON holds it; all workers have the same."""
+        ...
+
+    def resume(self, state: Mapping[str, int]) -> None:
+        """Go to a position that `state` returned, in this process or another.
+
+        It saves time alone: `examples` would give the same without it.
+        """
+        ...
 
 
 class BatchPlan:
@@ -75,3 +103,35 @@ class BatchPlan:
         ordered = [chunk[np.argsort(self._lengths[chunk], kind="stable")] for chunk in chunks]
         batches = np.concatenate(ordered).reshape(-1, self._batch_size)
         return batches[generator.permutation(len(batches))]
+
+
+class StoredBatches(Generic[E]):
+    """Batches of examples that are all in memory; see `BatchPlan`."""
+
+    def __init__(
+        self,
+        examples: Sequence[E],
+        *,
+        batch_size: int,
+        seed: int,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self._examples = examples
+        self._plan = BatchPlan(
+            [len(example) for example in examples],
+            batch_size=batch_size,
+            seed=seed,
+            world_size=world_size,
+            rank=rank,
+        )
+
+    def examples(self, step: int) -> list[E]:
+        return [self._examples[index] for index in self._plan.batch(step)]
+
+    def state(self) -> dict[str, int]:
+        """Return nothing: all rows are at hand at every step."""
+        return {}
+
+    def resume(self, state: Mapping[str, int]) -> None:
+        """Do nothing; see `state`."""

@@ -4,8 +4,8 @@ Shapes: B rows, T positions, P pairs (B = 2P: chosen rows, then rejected rows).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from pydantic import Field
@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pilotfish.chat import render_completion, render_prompt
 from pilotfish.config import Config
-from pilotfish.data.records import Demonstration, PreferencePair, PromptText
+from pilotfish.correction import CorrectionTemplate, question_of
+from pilotfish.data.records import (
+    Correction,
+    Demonstration,
+    PreferencePair,
+    PromptText,
+    ScoredAnswer,
+)
 from pilotfish.errors import DataError, PromptError
 
 
@@ -25,6 +32,10 @@ class LengthLimits(Config):
     token or system message goes with it. Both answers of a pair keep the same prompt. A prompt is
     never cut below a quarter of `max_length`, because an answer without its question teaches
     nothing; only an answer longer than the rest loses its tail, and with it its end token.
+
+    Two kinds of rows are dropped whatever `too_long` says: a prompt alone, since nothing is ever
+    cut from what users ask, and an answer with its correction, since a corrector that is shown
+    half a template, or half a correction, learns to leave out the rest.
     """
 
     max_length: int = Field(default=1024, ge=8)
@@ -47,6 +58,10 @@ class TokenExample:
     def num_answer_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def is_cut(self) -> bool:
+        return self.num_cut_prompt_tokens > 0 or self.num_cut_answer_tokens > 0
+
 
 @dataclass(frozen=True, slots=True)
 class PairExample:
@@ -60,6 +75,52 @@ class PairExample:
 
 
 @dataclass(frozen=True, slots=True)
+class CorrectionExample:
+    """What a corrector reads, followed by what it should write: two targets behind the same ids."""
+
+    corrected: TokenExample
+    copied: TokenExample
+    """The original answer once more."""
+
+    def __len__(self) -> int:
+        return max(len(self.corrected), len(self.copied))
+
+
+def identity(example: CorrectionExample) -> CorrectionExample:
+    """Return the warm-up row, whose target is the original answer.
+
+    Ji et al., "Aligner: Efficient Alignment by Learning to Correct", NeurIPS 2024: the identity is
+    learned first, and residual correction from there.
+    """
+    return replace(example, corrected=example.copied)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredExample:
+    """An answer behind its prompt, and its reward."""
+
+    example: TokenExample
+    reward: float
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """A prompt to be answered: its text, for models with other tokenizers, and its ids."""
+
+    prompt: PromptText
+    token_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+Example: TypeAlias = TokenExample | PairExample | CorrectionExample | ScoredExample | PromptExample
+
+
+@dataclass(frozen=True, slots=True)
 class LMBatch:
     """Rows padded on the right."""
 
@@ -69,12 +130,15 @@ class LMBatch:
     loss_mask_BT: Tensor
     """True on answer tokens, the end token included. It marks the token to be predicted: the loss
     at position t uses the logits of position t - 1."""
+    rewards_B: Tensor | None = None
+    """Of scored answers: what the judge gave each row."""
 
     def to(self, device: torch.device | str) -> "LMBatch":
         return LMBatch(
             self.token_ids_BT.to(device),
             self.attention_mask_BT.to(device),
             self.loss_mask_BT.to(device),
+            None if self.rewards_B is None else self.rewards_B.to(device),
         )
 
 
@@ -130,11 +194,38 @@ def tokenize_demonstration(
     return example
 
 
-def collate(examples: Sequence[Any], pad_id: int) -> Any:
-    """Pad examples of one kind on the right to the longest."""
-    if isinstance(examples[0], PairExample):
-        return collate_pairs(examples, pad_id)
-    return collate_demonstrations(examples, pad_id)
+def tokenize_correction(
+    tokenizer: PreTrainedTokenizerBase,
+    correction: Correction,
+    *,
+    template: CorrectionTemplate,
+    max_length: int,
+) -> CorrectionExample:
+    """Render the template as the prompt, as a decoding Aligner does, and both targets behind it."""
+    try:
+        text = template.render(question_of(correction.prompt), correction.answer)
+    except PromptError as error:
+        raise DataError(f"an example cannot be tokenised: {error}") from error
+    answers = (correction.correction, correction.answer)
+    corrected, copied = _render(tokenizer, text, answers, max_length=max_length, end_ids=None)
+    return CorrectionExample(corrected, copied)
+
+
+def tokenize_scored(
+    tokenizer: PreTrainedTokenizerBase, scored: ScoredAnswer, *, max_length: int
+) -> ScoredExample:
+    """Render one scored answer and cut it to `max_length`; see `LengthLimits`."""
+    demonstration = Demonstration(scored.prompt, scored.completion)
+    example = tokenize_demonstration(tokenizer, demonstration, max_length=max_length)
+    return ScoredExample(example, scored.reward)
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptText) -> PromptExample:
+    """Render one prompt, whole."""
+    try:
+        return PromptExample(prompt, render_prompt(tokenizer, prompt))
+    except PromptError as error:
+        raise DataError(f"an example cannot be tokenised: {error}") from error
 
 
 def collate_demonstrations(examples: Sequence[TokenExample], pad_id: int) -> LMBatch:
@@ -147,6 +238,17 @@ def collate_pairs(examples: Sequence[PairExample], pad_id: int) -> PreferenceBat
     chosen = [example.chosen for example in examples]
     rejected = [example.rejected for example in examples]
     return PreferenceBatch(*_pad([*chosen, *rejected], pad_id))
+
+
+def collate_corrections(examples: Sequence[CorrectionExample], pad_id: int) -> LMBatch:
+    """Pad what is read and the correction behind it on the right to the longest."""
+    return collate_demonstrations([example.corrected for example in examples], pad_id)
+
+
+def collate_scored(examples: Sequence[ScoredExample], pad_id: int) -> LMBatch:
+    """Pad examples on the right to the longest, with their rewards."""
+    rows = _pad([example.example for example in examples], pad_id)
+    return LMBatch(*rows, torch.tensor([example.reward for example in examples]))
 
 
 def _render(

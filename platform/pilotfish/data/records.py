@@ -24,3 +24,24 @@ class Demonstration:
 
     prompt: PromptText
     completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """An answer to a prompt, and the better one that an annotator made of it."""
+
+    prompt: PromptText
+    answer: str
+    correction: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredAnswer:
+    """An answer to a prompt, and the number that a judge gave it; more is better."""
+
+    prompt: PromptText
+    completion: str
+    reward: float
+
+
+Record: TypeAlias = PreferencePair | Demonstration | Correction | ScoredAnswer | PromptText

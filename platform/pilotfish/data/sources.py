@@ -10,16 +10,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from pilotfish.config import Config
-from pilotfish.data.formats import Columns
+from pilotfish.data.formats import Columns, Objective
 from pilotfish.errors import DataError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
+_SPLIT = re.compile(r"(train|test|validation|valid|dev|eval)(_[a-zA-Z]+(?=[-.]|$))?(?=[-_.]|$)")
 
 
 class DataSource(Config):
@@ -32,13 +32,16 @@ class DataSource(Config):
     path: str | tuple[str, ...]
     """A file, a folder, a glob, a list of those, or a hub id such as `Anthropic/hh-rlhf`."""
     split: str = "train"
-    """Split of a hub set; in a local folder with files named after splits, the files to read."""
+    """Split of a hub set; in a local folder with files named after splits, the files to read
+    (`train` finds those of `train_prefs` too, where that is the only one)."""
     subset: str | None = None
     """Configuration name of a hub set."""
     data_dir: str | None = None
     """Folder inside a hub set (HH-RLHF: `harmless-base`)."""
     revision: str | None = None
     columns: Columns = Columns()
+    objective: Objective | None = None
+    """For rows labelled by two objectives (PKU-SafeRLHF): what decides which answer is chosen."""
     holdout: NonNegativeInt | float = 0
     """Rows (or, below 1, the share of rows) kept out of training. Rows that share a prompt stay
     together, so there may be a few more."""
@@ -47,6 +50,11 @@ class DataSource(Config):
     seed: int = 0
     bad_rows: Literal["error", "skip"] = "error"
     """`skip` leaves out rows that cannot be read, and counts and logs them."""
+    streaming: bool = False
+    """Read the rows while training and never hold all of them; every worker reads them. `holdout`
+    is then a share, and the held-out rows are those whose hash is below it."""
+    shuffle_buffer: PositiveInt | None = None
+    """Examples of a stream that are held and shuffled at a time. Default: 4096."""
 
     @field_validator("holdout")
     @classmethod
@@ -54,6 +62,21 @@ class DataSource(Config):
         if isinstance(holdout, float) and not 0 <= holdout < 1:
             raise ValueError("wanted a number of rows, or a share in [0, 1)")
         return holdout
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.streaming and isinstance(self.holdout, int) and self.holdout > 0:
+            raise ValueError(
+                f"holdout is {self.holdout} rows, which cannot be drawn from a stream: its length "
+                "is unknown. Give a share, such as 0.01"
+            )
+        if self.streaming and self.limit is not None:
+            raise ValueError("limit cannot be drawn from a stream. Leave it out, or streaming")
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ValueError(
+                "shuffle_buffer is for streaming=true; otherwise all rows are shuffled"
+            )
+        return self
 
     def __str__(self) -> str:
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
@@ -69,6 +92,11 @@ def load_rows(source: DataSource) -> Iterator[dict[str, Any]]:
             yield from _read_hub(path, source)
         else:
             for file in _resolve(path, source.split):
+                if source.streaming and file.suffix == ".json":
+                    raise DataError(
+                        f"{file} holds one list, which cannot be streamed. Write an object per "
+                        "line (.jsonl), or set data.streaming=false."
+                    )
                 yield from _reader(file)(file)
 
 
@@ -102,16 +130,18 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     if not files:
         raise DataError(f"folder {str(folder)!r} holds no data file, wanted {', '.join(_READERS)}.")
     splits = [_split_of(file) for file in files]
-    if not any(splits):
+    found = sorted({name for name in splits if name})
+    if not found:
         return [folder / file for file in files]
-    wanted = [folder / file for file, name in zip(files, splits, strict=True) if name == split]
-    if not wanted:
-        found = sorted({name for name in splits if name})
+    named = [name for name in found if name == split] or [
+        name for name in found if name.startswith(f"{split}_")
+    ]
+    if len(named) != 1:
         raise DataError(
             f"folder {str(folder)!r} has no file of split {split!r}, but of {found}. Set data.split"
             " to one of those, or name the file."
         )
-    return wanted
+    return [folder / file for file, name in zip(files, splits, strict=True) if name == named[0]]
 
 
 def _is_hidden(file: Path) -> bool:
@@ -120,8 +150,8 @@ def _is_hidden(file: Path) -> bool:
 
 def _split_of(file: Path) -> str | None:
     """Return the split that a file (`train-00000.parquet`) or one of its folders is named after."""
-    stems = [re.split(r"[-_.]", part)[0] for part in reversed(file.parts)]
-    return next((stem for stem in stems if stem in _SPLIT_NAMES), None)
+    matches = (_SPLIT.match(part) for part in reversed(file.parts))
+    return next((match[0] for match in matches if match), None)
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[dict[str, Any]]]:
@@ -192,7 +222,10 @@ def _read_hub(path: str, source: DataSource) -> Iterator[dict[str, Any]]:
             data_dir=source.data_dir,
             split=source.split,
             revision=source.revision,
+            streaming=source.streaming,
         )
+        for row in rows:  # a stream opens its files here
+            yield dict(row)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).rstrip(".")
         raise DataError(
@@ -201,8 +234,6 @@ def _read_hub(path: str, source: DataSource) -> Iterator[dict[str, Any]]:
             " If a local path was meant, there is no such file or folder. Without a network, give "
             "a local file, or fetch the set beforehand and set HF_HUB_OFFLINE=1."
         ) from error
-    for row in rows:
-        yield dict(row)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {

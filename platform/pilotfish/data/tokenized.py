@@ -1,23 +1,33 @@
 """Whole data sets to examples, with an account of the lengths and of what was cut or dropped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from pilotfish.correction import CorrectionTemplate
 from pilotfish.data.collate import (
+    CorrectionExample,
+    Example,
     LengthLimits,
     PairExample,
+    PromptExample,
+    ScoredExample,
     TokenExample,
+    tokenize_correction,
     tokenize_demonstration,
     tokenize_pair,
+    tokenize_prompt,
+    tokenize_scored,
 )
-from pilotfish.data.records import Demonstration, PreferencePair
+from pilotfish.data.records import (
+    Correction,
+    Demonstration,
+    PreferencePair,
+    Record,
+    ScoredAnswer,
+)
 from pilotfish.errors import DataError
-
-R = TypeVar("R")
-E = TypeVar("E")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +36,8 @@ class LengthReport:
 
     num_records: int
     num_dropped: int
-    """Too long under `too_long=drop`, or pairs whose two answers became the same ids."""
+    """Too long where that drops them (see `LengthLimits`), or pairs whose two answers became the
+    same ids."""
     num_cut_prompts: int
     num_cut_answers: int
     max_tokens: int
@@ -57,85 +68,92 @@ class LengthReport:
         )
 
 
-def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[PreferencePair],
-    *,
-    limits: LengthLimits,
-    end_ids: frozenset[int] | None = None,
-) -> tuple[list[PairExample], LengthReport]:
-    """Tokenise pairs in order. Raises `DataError` naming the record."""
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How the records of a job become token ids."""
 
-    def tokenize(pair: PreferencePair) -> PairExample:
-        return tokenize_pair(tokenizer, pair, max_length=limits.max_length, end_ids=end_ids)
+    tokenizer: PreTrainedTokenizerBase
+    limits: LengthLimits
+    template: CorrectionTemplate | None = None
+    """What corrections are rendered in; only they need one."""
 
-    examples = _numbered(pairs, tokenize)
-    kept = [
-        example
-        for example in examples
-        if example.chosen.token_ids != example.rejected.token_ids
-        and not _is_dropped((example.chosen, example.rejected), limits)
-    ]
-    sides = {
-        "chosen": [example.chosen for example in kept],
-        "rejected": [example.rejected for example in kept],
-    }
-    return kept, _report(sides, num_records=len(pairs))
+    def __call__(self, record: Record) -> Example | None:
+        """Tokenise one record; None says that it is dropped. Raises `DataError`."""
+        example = self._tokenize(record)
+        return None if self._is_dropped(example) else example
 
+    def _tokenize(self, record: Record) -> Example:
+        max_length = self.limits.max_length
+        match record:
+            case Demonstration():
+                return tokenize_demonstration(self.tokenizer, record, max_length=max_length)
+            case PreferencePair():
+                return tokenize_pair(self.tokenizer, record, max_length=max_length)
+            case Correction():
+                assert self.template is not None, "corrections come with a template"
+                return tokenize_correction(
+                    self.tokenizer, record, template=self.template, max_length=max_length
+                )
+            case ScoredAnswer():
+                return tokenize_scored(self.tokenizer, record, max_length=max_length)
+            case _:
+                return tokenize_prompt(self.tokenizer, record)
 
-def tokenize_demonstrations(
-    tokenizer: PreTrainedTokenizerBase,
-    demonstrations: Sequence[Demonstration],
-    *,
-    limits: LengthLimits,
-    end_ids: frozenset[int] | None = None,
-) -> tuple[list[TokenExample], LengthReport]:
-    """Tokenise demonstrations in order. Raises `DataError` naming the record."""
-
-    def tokenize(demonstration: Demonstration) -> TokenExample:
-        return tokenize_demonstration(
-            tokenizer, demonstration, max_length=limits.max_length, end_ids=end_ids
-        )
-
-    examples = _numbered(demonstrations, tokenize)
-    kept = [example for example in examples if not _is_dropped((example,), limits)]
-    return kept, _report({"completion": kept}, num_records=len(demonstrations))
+    def _is_dropped(self, example: Example) -> bool:
+        match example:
+            case PromptExample():
+                return len(example) > self.limits.max_length
+            case PairExample() if example.chosen.token_ids == example.rejected.token_ids:
+                return True
+        drops = self.limits.too_long == "drop" or isinstance(example, CorrectionExample)
+        return drops and any(side.is_cut for side in _sides(example).values())
 
 
-def _numbered(records: Sequence[R], tokenize: Callable[[R], E]) -> list[E]:
-    examples: list[E] = []
+def tokenize_all(
+    records: Iterable[Record], render: Rendering
+) -> tuple[list[Example], LengthReport]:
+    """Tokenise records in order. Raises `DataError` naming the record."""
+    examples: list[Example | None] = []
     for number, record in enumerate(records):
         try:
-            examples.append(tokenize(record))
+            examples.append(render(record))
         except DataError as error:
             raise DataError(f"record {number}: {error}") from error
-    return examples
+    kept = [example for example in examples if example is not None]
+    return kept, _report(kept, num_records=len(examples))
 
 
-def _is_dropped(sides: Sequence[TokenExample], limits: LengthLimits) -> bool:
-    return limits.too_long == "drop" and any(
-        side.num_cut_prompt_tokens or side.num_cut_answer_tokens for side in sides
-    )
+def _sides(example: Example) -> dict[str, TokenExample]:
+    """Return what a model learns to write, by name."""
+    match example:
+        case PairExample():
+            return {"chosen": example.chosen, "rejected": example.rejected}
+        case CorrectionExample():
+            return {"correction": example.corrected, "original": example.copied}
+        case ScoredExample():
+            return {"completion": example.example}
+        case PromptExample():
+            return {"prompt": TokenExample(example.token_ids, num_prompt_tokens=0)}
+        case TokenExample():
+            return {"completion": example}
 
 
-def _report(sides: Mapping[str, Sequence[TokenExample]], *, num_records: int) -> LengthReport:
-    columns = list(sides.values())
-    records = list(zip(*columns, strict=True))
-    if not records:
+def _report(examples: Sequence[Example], *, num_records: int) -> LengthReport:
+    if not examples:
         raise DataError(
             f"none of {num_records} records is left after tokenising: all are too long, or their "
             "answers do not differ. Raise data.limits.max_length, or set too_long=cut."
         )
-    lengths = [len(example) for column in columns for example in column]
+    rows = [_sides(example) for example in examples]
+    lengths = [len(side) for row in rows for side in row.values()]
     return LengthReport(
         num_records=num_records,
-        num_dropped=num_records - len(records),
-        num_cut_prompts=sum(any(e.num_cut_prompt_tokens for e in record) for record in records),
-        num_cut_answers=sum(any(e.num_cut_answer_tokens for e in record) for record in records),
+        num_dropped=num_records - len(rows),
+        num_cut_prompts=sum(any(s.num_cut_prompt_tokens for s in row.values()) for row in rows),
+        num_cut_answers=sum(any(s.num_cut_answer_tokens for s in row.values()) for row in rows),
         max_tokens=max(lengths),
         mean_tokens=sum(lengths) / len(lengths),
         mean_answer_tokens={
-            side: sum(example.num_answer_tokens for example in column) / len(column)
-            for side, column in sides.items()
+            name: sum(row[name].num_answer_tokens for row in rows) / len(rows) for name in rows[0]
         },
     )

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pilotfish.guides.acceptance import (
     MAX_SUBSET_CANDIDATES,
@@ -18,7 +19,6 @@ from pilotfish.guides.acceptance import (
     count_candidates,
     too_many_subsets,
 )
-from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.heads import HeadSettings
 
 Features = Literal["post_token", "pre_token"]
@@ -82,12 +82,17 @@ def find_candidates(logprobs_RV: Tensor, settings: ProxySettings) -> Candidates:
     )
 
 
-def feature_sizes(features: Features, base: CausalLM) -> tuple[list[int], int]:
-    """Return the sizes of the state's blocks, and how many extra numbers follow them."""
-    hidden_size = _width(base.model.get_output_embeddings())
+def feature_sizes(features: Features, model: PreTrainedModel) -> tuple[list[int], int]:
+    """Return the sizes of the state's blocks, and how many extra numbers follow them.
+
+    `model` is the base; its shapes alone are read.
+    """
+    # Not of their weights, which have no shape while they are partitioned over processes.
+    head: Any = model.get_output_embeddings()
     if features == "post_token":
-        return [hidden_size], 1
-    return [hidden_size, _width(base.model.get_input_embeddings())], 2
+        return [head.in_features], 1
+    embedding: Any = model.get_input_embeddings()
+    return [head.in_features, embedding.embedding_dim], 2
 
 
 def post_token_features(hidden_RKD: Tensor, logprobs_RK: Tensor) -> Tensor:
@@ -110,7 +115,3 @@ def _join(state: Tensor, *more: Tensor) -> Tensor:
     """Side by side in the state's precision, in float32 at least."""
     dtype = torch.promote_types(state.dtype, torch.float32)
     return torch.cat([state.to(dtype), *(one.to(dtype) for one in more)], dim=-1)
-
-
-def _width(embedding: Any) -> int:
-    return embedding.weight.shape[1]

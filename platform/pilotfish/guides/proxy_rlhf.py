@@ -96,7 +96,7 @@ class ProxyGuide:
                 f"template is {card.template!r} in the card of {str(folder)!r}, but a proxy reads "
                 "the base's own states. Set template to 'base' in its guide.json."
             )
-        block_sizes, num_extra = feature_sizes(settings.features, host.base)
+        block_sizes, num_extra = feature_sizes(settings.features, host.base.model)
         head = load_accept_head(
             folder,
             settings.head,
@@ -124,13 +124,15 @@ class ProxyGuide:
 
     @torch.inference_mode()
     def tilt(self, logprobs_RV: Tensor, step: Step, evidence: None) -> Tensor:
-        judgement = self.judge(logprobs_RV, step)
-        ids_RK = judgement.candidates.ids_RK
+        return self.follow(self.judge(logprobs_RV, step), logprobs_RV, step)
+
+    def follow(self, judgement: Judgement, logprobs_RV: Tensor, step: Step) -> Tensor:
+        """Return the tilt that follows from a judgement of these very rows."""
         law_RK, rejects_R = self.law(judgement)
         step.notes["expected_rejects"] = rejects_R
         guided_RV = torch.full_like(logprobs_RV, -torch.inf)
         logprobs_RK = law_RK.log().log_softmax(-1).to(logprobs_RV.dtype)
-        return guided_RV.scatter_(1, ids_RK, logprobs_RK)
+        return guided_RV.scatter_(1, judgement.candidates.ids_RK, logprobs_RK)
 
     def law(self, judgement: Judgement) -> AcceptLaw:
         """Return the law over the candidates that follows from a judgement."""

@@ -45,8 +45,12 @@ class Body:
         prefill_chunk: int = 512,
         max_cache_tokens: int | None = None,
         keep_hidden: bool = False,
+        pack: bool = True,
     ) -> None:
         """Wrap a model, which is set to `eval` and whose weights must not change from now on.
+
+        `pack` copies large linear layers into a layout that is faster on a CPU, for good. Where
+        weights are to change later, say no, and wrap the model anew after every change.
 
         `prefill_chunk` bounds the tokens per slot of one forward; `max_cache_tokens` bounds slots
         times columns, so that long sequences leave room for fewer; `keep_hidden` stores the hidden
@@ -56,7 +60,8 @@ class Body:
         _check_full_attention(config)
         self.model = model.eval()
         self.device: torch.device = model.device
-        pack_linears(model)
+        if pack:
+            pack_linears(model)
         self.max_length: int = config.max_position_embeddings
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk

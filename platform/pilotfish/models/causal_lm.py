@@ -49,6 +49,7 @@ class CausalLM:
         num_slots: int = 32,
         prefill_chunk: int = 512,
         max_cache_tokens: int | None = None,
+        pack: bool = True,
     ) -> None:
         """Wrap a model, which is set to `eval` and whose weights must not change from now on.
 
@@ -60,6 +61,7 @@ class CausalLM:
             num_slots=num_slots,
             prefill_chunk=prefill_chunk,
             max_cache_tokens=max_cache_tokens,
+            pack=pack,
         )
         self.model = model
         config = model.config.get_text_config()
@@ -67,7 +69,7 @@ class CausalLM:
         output_embedding = model.get_output_embeddings()
         assert output_embedding is not None, "a causal LM has an output embedding"
         self._output_embedding = output_embedding
-        self._finish = _logit_rule(config)
+        self._finish = logit_rule(config)
         self._said: _Said | None = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._check_head()
@@ -169,8 +171,8 @@ class CausalLM:
             )
 
 
-def _logit_rule(config: Any) -> Callable[[Tensor], Tensor]:
-    """What a few families do to their logits: scaling (Cohere, Granite) and soft capping."""
+def logit_rule(config: Any) -> Callable[[Tensor], Tensor]:
+    """Return what a few families do to their logits: scaling (Cohere, Granite), soft capping."""
     factor = getattr(config, "logit_scale", None) or 1.0
     factor /= getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)

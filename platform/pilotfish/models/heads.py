@@ -4,7 +4,7 @@ Shapes: F features of one candidate: the blocks of its state side by side, then 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,7 @@ class AcceptHead(nn.Module):
     ) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in block_sizes)
+        self.block_sizes = list(block_sizes)
         self._sizes = [*block_sizes, num_extra]
         activation = nn.ReLU if settings.activation == "relu" else nn.Tanh
         widths = [sum(self._sizes), *settings.hidden]
@@ -65,9 +66,9 @@ class AcceptHead(nn.Module):
         return self.layers(torch.cat([*normed, extra], dim=-1))[..., 0]
 
 
-def save_accept_head(folder: str | Path, head: AcceptHead) -> None:
-    """Write a head's weights into a guide folder; its `HeadSettings` belong in the card."""
-    state = {name: tensor.detach().contiguous() for name, tensor in head.state_dict().items()}
+def save_accept_head(folder: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a head's `state_dict` into a guide folder; its `HeadSettings` belong in the card."""
+    state = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     save_file(state, Path(folder) / ACCEPT_HEAD_NAME)
 
 

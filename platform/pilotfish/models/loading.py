@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,14 +19,33 @@ from pilotfish.errors import CheckpointError, ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
 
+def load_architecture(path: str | Path) -> PreTrainedConfig:
+    """Read a model's config, without its weights and without remote code.
+
+    Raises `CheckpointError` if the folder or hub id holds none.
+    """
+    _check_folder(path)
+    try:
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read a model config from {str(path)!r}: {error}") from error
+
+
 def load_frozen(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: Dtype = "auto"
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: Dtype = "auto",
+    distributed: Any = None,
 ) -> PreTrainedModel:
     """Load a causal LM for inference only: eval mode, no gradients, safetensors, no remote code.
 
-    Raises `CheckpointError` if the folder or hub id holds no such model.
+    `distributed` is transformers' `DistributedConfig`, if the processes of a group share the
+    weights: all of them load at once. Raises `CheckpointError` if the folder or hub id holds no
+    such model.
     """
-    return _load(AutoModelForCausalLM, "causal LM", path, device=device, dtype=dtype)
+    sharding = {} if distributed is None else {"distributed_config": distributed}
+    return _load(AutoModelForCausalLM, "causal LM", path, device=device, dtype=dtype, **sharding)
 
 
 def load_frozen_scorer(
@@ -45,7 +66,7 @@ def load_frozen_scorer(
     return model
 
 
-def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype):
+def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype, **settings: Any):
     _check_folder(path)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -55,6 +76,7 @@ def _load(auto: Any, kind: str, path: str | Path, *, device, dtype: Dtype):
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **settings,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load a {kind} from {str(path)!r}: {error}") from error

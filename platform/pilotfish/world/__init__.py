@@ -8,7 +8,13 @@ minutes; the reward is a program, so every comparison can be checked against the
 This package knows neither models nor training.
 """
 
-from pilotfish.world.dataset import Objective, corpus, preference_pairs
+from pilotfish.world.dataset import (
+    Objective,
+    corpus,
+    corrections,
+    preference_pairs,
+    scored,
+)
 from pilotfish.world.personas import MAX_ANSWER_TOKENS, PERSONAS, Persona, sample_answer
 from pilotfish.world.reward import Aspect, Score, explain, score
 from pilotfish.world.scene import Recipe, Scene, sample_scene, scenes
@@ -26,10 +32,12 @@ __all__ = [
     "Score",
     "build_tokenizer",
     "corpus",
+    "corrections",
     "explain",
     "preference_pairs",
     "sample_answer",
     "sample_scene",
     "scenes",
     "score",
+    "scored",
 ]

@@ -26,7 +26,7 @@ from pilotfish.world.sentences import (
 )
 
 _MISPLACED = -0.8
-_ORDER = ("wash", "chop", "add", "cook", "serve")
+STEP_ORDER = ("wash", "chop", "add", "cook", "serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class _Story:
         if form in STEPS:
             # Order and markers are judged over every step, so that pushing one out of its place
             # never hides a fault; but only steps in their place can keep the promised count.
-            self.steps.append((slots.get("preparation", form.name.lower()), slots["marker"]))
+            self.steps.append((sentence.action, slots["marker"]))
             self.num_steps_in_place += in_place
         if form is Form.PREPARE:
             self.used.add(slots["ingredient"])
@@ -227,7 +227,7 @@ def _judge_whole(story: _Story) -> Iterator[Aspect]:
     if story.promised is not None:
         kept = story.promised == story.num_steps_in_place
         yield Aspect("keeps its count", 0.6) if kept else Aspect("breaks its count", -0.6)
-    places = [_ORDER.index(action) for action, _ in story.steps]
+    places = [STEP_ORDER.index(action) for action, _ in story.steps]
     num_descents = sum(later < earlier for earlier, later in itertools.pairwise(places))
     if num_descents:
         yield Aspect("steps out of order", -0.8 * num_descents)

@@ -62,6 +62,12 @@ class Sentence:
     form: Form | None
     slots: Mapping[str, str]
 
+    @property
+    def action(self) -> str:
+        """What a step does: its preparation, `cook` or `serve`."""
+        assert self.form is not None, "a step is a sentence of the grammar"
+        return self.slots.get("preparation", self.form.name.lower())
+
 
 def write(form: Form, **slots: str) -> str:
     """Fill the template of a form."""

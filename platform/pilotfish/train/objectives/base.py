@@ -52,7 +52,7 @@ class Models:
 
     learner: Forward
     """What is trained; gradients pass."""
-    base: Forward | None = None
+    base: Callable[[Tensor, Tensor], Tensor] | None = None
     """The frozen base, for objectives that need one; its logits have no gradients."""
 
     def logits(self, batch: Batch) -> Tensor:

@@ -7,7 +7,7 @@ Alignment", ICLR 2025. Shapes: P pairs.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, PositiveInt
 
 from pilotfish.config import Config
 from pilotfish.losses import genarm_loss, response_logprobs
@@ -22,6 +22,16 @@ from pilotfish.train.objectives.base import (
 )
 
 
+class LengthCheck(Config):
+    """Answer held-out prompts with and without the guide at every evaluation, and warn where it
+    changes their length by more than a fifth. Needs the base beside the guide."""
+
+    num_prompts: PositiveInt = 64
+    weight: float = 1.0
+    max_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 64
+
+
 class GenARMConfig(Config):
     """An autoregressive reward model: its reward is `beta_r` times its log-prob of the answer."""
 
@@ -31,6 +41,7 @@ class GenARMConfig(Config):
     length_normalization: bool = False
     """Learn from the mean log-prob per token instead of the sum. The guide then no longer is the
     paper's: use it only where guided answers become too short or too long."""
+    length_check: LengthCheck | None = None
 
 
 def _loss(models: Models, batch: Batch, config: GenARMConfig) -> LossOutput:
@@ -53,6 +64,7 @@ GENARM = Objective(
     rows="pairs",
     loss=_loss,
     units=num_pairs,
+    needs_base=lambda config: config.length_check is not None,
     guide_kind="genarm",
     card=_card,
 )

@@ -25,7 +25,7 @@ from torch import Tensor
 from jobs import policies, supervised
 from jobs.checkpoint import read_position
 from jobs.records import describe, training_record
-from jobs.run_folder import load_tokenizer, read_run_info
+from jobs.run_folder import load_tokenizer, read_job, read_run_info
 from jobs.sac_updates import saved_actor
 from pilotfish.errors import CheckpointError, ConfigError, PilotfishError
 from pilotfish.train.export import whole_folder
@@ -48,8 +48,8 @@ def export(checkpoint: str | Path, output: str | Path) -> None:
             f"{str(checkpoint.parent)!r}, around the checkpoint, is not the folder of a run, so "
             "what was trained is unknown. Leave checkpoints where the run wrote them."
         )
-    config = info.job
-    record = training_record(info, position.history)
+    config = read_job(checkpoint.parent)
+    record = training_record(config, info, position.history)
     record["config_hash"] = f"{info.config_hash}-step-{position.step}"
     # Not every report has everything, so the latest of each.
     record["metrics"] = {
@@ -60,7 +60,7 @@ def export(checkpoint: str | Path, output: str | Path) -> None:
         write = policies.write_trained if config.learns_from_reward else supervised.write_trained
         write(folder, config, load_tokenizer(checkpoint.parent), state)
         try:
-            describe(folder, info, record)
+            describe(folder, config, record)
         except KeyError as error:
             raise CheckpointError(
                 f"the card of this guide needs {error}, which was not measured before step "

@@ -7,17 +7,20 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from jobs import tracking
+from jobs.config import JobConfig
 from jobs.run_folder import RunInfo
 from pilotfish.guides.card import GuideCard, write_card
 from pilotfish.models.vocab import fingerprint
 from pilotfish.train.export import write_record
 
 
-def training_record(info: RunInfo, history: Sequence[dict[str, float]]) -> dict[str, Any]:
+def training_record(
+    config: JobConfig, info: RunInfo, history: Sequence[dict[str, float]]
+) -> dict[str, Any]:
     """Return what came of a run so far."""
     return {
         "config_hash": info.config_hash,
-        "config": info.config,
+        "config": config.model_dump(mode="json"),
         "run_id": info.run_id,
         "tracking_uri": info.tracking_uri,
         "metrics": history[-1],
@@ -26,10 +29,9 @@ def training_record(info: RunInfo, history: Sequence[dict[str, float]]) -> dict[
     }
 
 
-def describe(folder: Path, info: RunInfo, record: dict[str, Any]) -> None:
+def describe(folder: Path, config: JobConfig, record: dict[str, Any]) -> None:
     """Write the training record, and for a guide its card."""
     write_record(folder, record)
-    config = info.job
     kind = config.guide_kind
     if kind is None:
         return

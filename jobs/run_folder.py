@@ -6,18 +6,18 @@ is over. Starting the job again finds it and goes on, with the same MLflow run.
 
 import json
 import os
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jobs.config import JobConfig
 from jobs.dataset import Prepared, prepare
-from pilotfish import config as configs
 from pilotfish.data.tokenized import LengthReport
 
 _RUN_NAME = "run.json"
+_JOB_NAME = "job.pkl"
 _TOKENIZER_FOLDER = "tokenizer"
 
 
@@ -25,24 +25,18 @@ _TOKENIZER_FOLDER = "tokenizer"
 class RunInfo:
     """What a run folder says about its run."""
 
-    config: dict[str, Any]
-    """The resolved `JobConfig`."""
     config_hash: str
     run_id: str | None = None
     """Of MLflow."""
     tracking_uri: str | None = None
 
-    @property
-    def job(self) -> JobConfig:
-        return configs.parse(JobConfig, self.config, source=_RUN_NAME)
 
-
-def write_run_info(folder: Path, info: RunInfo) -> None:
-    """Write `run.json`, whole or not at all."""
+def write_run_info(folder: Path, info: RunInfo, config: JobConfig) -> None:
+    """Write what is known of the run, and its resolved config."""
     folder.mkdir(parents=True, exist_ok=True)
-    incoming = folder / f".{_RUN_NAME}.tmp"
-    incoming.write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False), encoding="utf-8")
-    os.replace(incoming, folder / _RUN_NAME)
+    # A pickle: fields that were not set must not come back as if they had been.
+    _write_whole(folder / _JOB_NAME, pickle.dumps(config))
+    _write_whole(folder / _RUN_NAME, json.dumps(asdict(info), indent=2).encode())
 
 
 def read_run_info(folder: Path) -> RunInfo | None:
@@ -51,6 +45,10 @@ def read_run_info(folder: Path) -> RunInfo | None:
     if not path.is_file():
         return None
     return RunInfo(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_job(folder: Path) -> JobConfig:
+    return pickle.loads((folder / _JOB_NAME).read_bytes())
 
 
 def prepare_in(folder: Path, config: JobConfig) -> tuple[Prepared, LengthReport]:
@@ -65,3 +63,10 @@ def prepare_in(folder: Path, config: JobConfig) -> tuple[Prepared, LengthReport]
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder / _TOKENIZER_FOLDER)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    incoming = path.with_name(f".{path.name}.tmp")
+    incoming.write_bytes(content)
+    os.replace(incoming, path)

@@ -71,18 +71,17 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop, quiet: bool = Fal
     with ExitStack() as stack:
         run = _open_run(config, digest, run_folder, stack)
         info = RunInfo(
-            config=config.model_dump(mode="json"),
             config_hash=digest,
             run_id=None if run is None else run.run_id,
             tracking_uri=None if run is None else run.uri,
         )
-        write_run_info(run_folder, info)
+        write_run_info(run_folder, info, config)
         history, model = _fit(config, run_folder, run, loop, quiet=quiet)
-        record = training_record(info, history)
+        record = training_record(config, info, history)
         # A job that is killed in here does all of it again.
         with whole_folder(output) as folder:
             shutil.copytree(model, folder, dirs_exist_ok=True)
-            describe(folder, info, record)
+            describe(folder, config, record)
             if run is not None:
                 _publish(run, config, folder, record)
     # The checkpoints were for resuming this run, and it is over.

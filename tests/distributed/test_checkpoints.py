@@ -143,8 +143,7 @@ def as_run(cut: Cut, name: str) -> Path:
     """Make a run's folder what Ray Train would have left there."""
     folder, config = cut.two / name, resolved(cut.configs[name])
     prepare_in(folder, config)
-    info = RunInfo(config=config.model_dump(mode="json"), config_hash=config_hash(config))
-    write_run_info(folder, info)
+    write_run_info(folder, RunInfo(config_hash=config_hash(config)), config)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Training configs: what ships is valid, and what decides the weights decides the hash."""
 
 import io
-import json
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,6 @@ def test_variables_of_the_submitted_job_are_not_set_again(monkeypatch: pytest.Mo
     env = cluster.worker_env(gpus=False)
     assert "PYTHONPATH" not in env
     assert env["DS_ACCELERATOR"] == "cpu"
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_resolved_config_comes_back_from_its_record(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(REPOSITORY)
-    config = resolved(load(path))
-    content = json.loads(json.dumps(config.model_dump(mode="json")))
-    assert configs.parse(JobConfig, content, source="record") == config
 
 
 def test_the_hash_ignores_where_things_lie_and_how_many_work() -> None:

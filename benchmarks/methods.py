@@ -113,7 +113,7 @@ def build(base: LlamaForCausalLM, guide_sizes: Mapping[str, int], *, batch: int)
 def _proxy(lm: CausalLM, features: Features, top_k: int) -> ProxyGuide:
     settings = ProxySettings(top_k=top_k, features=features)
     torch.manual_seed(4)
-    block_sizes, num_extra = feature_sizes(settings.features, lm)
+    block_sizes, num_extra = feature_sizes(settings.features, lm.model)
     head = AcceptHead(HeadSettings(), block_sizes=block_sizes, num_extra=num_extra)
     return ProxyGuide(lm, head.eval().requires_grad_(False), settings)
 

@@ -32,6 +32,12 @@ class BPEConfig(Config):
     vocab_size: PositiveInt = 2048
 
 
+# Adam on networks of a few thousand numbers, in one process, without DeepSpeed.
+_READ_BY_SAC = frozenset(
+    ["steps", "batch_size", "learning_rate", "log_every", "eval_every", "checkpoint_every"]
+)
+
+
 class LoRA(Config):
     """Low-rank adapters in place of whole weights; they are merged when the model is written.
 
@@ -151,6 +157,8 @@ class TrackingConfig(Config):
     """Name in the model registry; nothing is registered without one."""
     alias: str = "champion"
     """Moved to the version that this run registers."""
+    parent: str | None = None
+    """Id of a run that this one is shown under."""
 
 
 class TrainTracking(TrackingConfig):
@@ -273,6 +281,7 @@ class JobConfig(Config):
             raise ValueError(
                 "train.epochs: learning from reward counts iterations; set train.steps"
             )
+<<<<<<< HEAD
         if isinstance(getattr(self.objective, "algorithm", None), SACConfig) and (
             self.scaling.max_workers > 1
         ):
@@ -280,11 +289,30 @@ class JobConfig(Config):
                 "scaling.num_workers: SAC has one learner and its replay; set 1, and "
                 "rollout.where: actors to decode on more"
             )
+=======
+>>>>>>> main
         if self.base is not None and not self.needs_base:
             raise ValueError(f"base: the objective {kind!r} has no use for this section")
         if self.needs_base and self.frozen_base.path is None:
             raise ValueError(
                 f"base: the objective {kind!r} learns beside a frozen base, and nothing names "
                 "one. Set base.path"
+            )
+        return self
+
+    @validates(mode="after")
+    def _check_sac(self) -> Self:
+        if not isinstance(getattr(self.objective, "algorithm", None), SACConfig):
+            return self
+        if self.scaling.num_workers > 1:
+            raise ValueError(
+                "scaling.num_workers: SAC has one learner and its replay; set 1, and "
+                "rollout.where: actors to decode on more"
+            )
+        ignored = sorted(self.train.model_fields_set - _READ_BY_SAC)
+        if ignored:
+            raise ValueError(
+                f"train.{ignored[0]}: SAC has an optimizer of its own, which reads of train only "
+                f"{', '.join(sorted(_READ_BY_SAC))}. Leave it out"
             )
         return self

@@ -1,76 +1,53 @@
-"""Answers for an evaluation, decoded and judged by actors, chunk by chunk.
+"""Answers decoded and judged by actors, chunk by chunk."""
 
-A chunk is always decoded alone and from the seeds of its prompts, so what comes of it depends
-neither on the number of actors nor on which of them takes it.
-"""
-
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import ray
-import torch
-from ray.exceptions import RayTaskError
-from ray.util import ActorPool
-from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
-
+from jobs.decoding_config import DecodingJobConfig
 from jobs.evaluation_config import EvaluationConfig
+from jobs.pool import Chunk, chunks_of, run_chunks, settle_in
 from pilotfish import Pilot, SamplingParams
 from pilotfish.data.records import PromptText
-from pilotfish.errors import PilotfishError
 from pilotfish.evaluation.report import Answer
 from pilotfish.evaluation.rewards import Reward, build_reward
 from pilotfish.evaluation.settings import Setting
 from pilotfish.evaluation.summary import Decoded, to_answer
-
-# Where every refresh is a new line (a log file, `ray job submit`), few lines are enough.
-_SECONDS_PER_LINE = 15.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Neighbouring prompts under one setting."""
-
-    place: int
-    """Of the setting among all settings."""
-    start: int
-    """Of the first prompt among all prompts."""
-    prompts: Sequence[PromptText]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """The answers of a chunk, and what decoding them cost."""
 
-    chunk: Chunk
     answers: Sequence[Answer]
     seconds: float
     num_forwards: int
 
 
 class Decoder:
-    """Holds the models; a plain class, so that it can be used without a cluster."""
+    """Holds the models; see `jobs.pool.Worker`."""
 
-    def __init__(self, config: EvaluationConfig) -> None:
-        self._config = config
+    def __init__(self, job: DecodingJobConfig, settings: Sequence[Setting]) -> None:
+        """`settings` are the ways to decode; a chunk is labelled with the name of one."""
+        self._job = job
+        self._settings = {setting.name: setting for setting in settings}
         self._loaded: tuple[Pilot, Reward] | None = None
 
-    def decode(self, chunk: Chunk) -> Part:
-        """Answer a chunk. Raises what loading the models raises, at the first one."""
+    def process(self, chunk: Chunk[PromptText]) -> Part:
+        """Answer prompts; the seed of each is its place behind the seed of the job.
+
+        Raises what loading the models raises, at the first chunk.
+        """
         pilot, reward = self._load()
-        setting = self._config.settings[chunk.place]
-        numbers = range(chunk.start, chunk.start + len(chunk.prompts))
+        setting = self._settings[chunk.label]
+        numbers = range(chunk.start, chunk.start + len(chunk.items))
         params = [self._params(setting, number) for number in numbers]
         num_before = pilot.num_forwards
         started = time.perf_counter()
-        completions = pilot.generate(chunk.prompts, params, guides=setting.guides)
+        completions = pilot.generate(chunk.items, params, guides=setting.guides)
         seconds = time.perf_counter() - started
-        judged = reward.judge(chunk.prompts, [completion.text for completion in completions])
+        judged = reward.judge(chunk.items, [completion.text for completion in completions])
         return Part(
-            chunk=chunk,
             answers=[to_answer(*both) for both in zip(completions, judged, strict=True)],
             seconds=seconds,
             num_forwards=pilot.num_forwards - num_before,
@@ -78,18 +55,16 @@ class Decoder:
 
     def _load(self) -> tuple[Pilot, Reward]:
         if self._loaded is None:
-            config = self._config
-            torch.set_num_threads(config.decoding.threads)
-            transformers_logging.disable_progress_bar()  # one per file, in the driver's terminal
-            device = "auto" if config.decoding.gpus_per_actor else "cpu"
+            job = self._job
+            settle_in(job.decoding)
             pilot = Pilot(
-                config.base,
-                guides=config.guides,
-                device=device,
-                dtype=config.decoding.dtype,
-                num_slots=config.decoding.batch_size,
+                job.base,
+                guides=job.guides,
+                device=job.decoding.device,
+                dtype=job.decoding.dtype,
+                num_slots=job.decoding.batch_size,
             )
-            self._loaded = pilot, build_reward(config.reward, device=device)
+            self._loaded = pilot, build_reward(job.reward, device=job.decoding.device)
         return self._loaded
 
     def _params(self, setting: Setting, number: int) -> SamplingParams:
@@ -97,12 +72,13 @@ class Decoder:
             temperature=setting.temperature,
             top_p=setting.top_p,
             top_k=setting.top_k,
-            max_tokens=self._config.decoding.max_tokens,
-            seed=self._config.seed + number,
-            stop=self._config.decoding.stop,
+            max_tokens=self._job.decoding.max_tokens,
+            seed=self._job.seed + number,
+            stop=self._job.decoding.stop,
         )
 
 
+<<<<<<< HEAD
 def decode_all(
     config: EvaluationConfig, prompts: Sequence[PromptText], *, quiet: bool = False
 ) -> list[Decoded]:
@@ -117,14 +93,27 @@ def decode_all(
 
 
 def _chunks(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Chunk]:
+=======
+def decode_all(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Decoded]:
+    """Decode every setting on actors, with a progress bar.
+
+    Raises what a decoder raises (`CheckpointError`, `PromptError`, `DataError`).
+    """
+>>>>>>> main
     size = config.decoding.chunk_size
-    return [
-        Chunk(place=place, start=start, prompts=prompts[start : start + size])
-        for place in range(len(config.settings))
-        for start in range(0, len(prompts), size)
+    chunks = [
+        chunk
+        for setting in config.settings
+        for chunk in chunks_of(prompts, size, label=setting.name)
     ]
+    told = (config, config.settings)
+    parts: dict[str, list[tuple[int, Part]]] = {setting.name: [] for setting in config.settings}
+    for chunk, part in run_chunks(Decoder, told, chunks, config.decoding, title="evaluating"):
+        parts[chunk.label].append((chunk.start, part))
+    return [_join(setting, parts[setting.name]) for setting in config.settings]
 
 
+<<<<<<< HEAD
 def _run(config: EvaluationConfig, chunks: Sequence[Chunk], *, quiet: bool) -> Iterator[Part]:
     decoding = config.decoding
     remote: Any = ray.remote(
@@ -164,6 +153,10 @@ def _run(config: EvaluationConfig, chunks: Sequence[Chunk], *, quiet: bool) -> I
 
 def _join(setting: Setting, parts: Sequence[Part]) -> Decoded:
     ordered = sorted(parts, key=lambda part: part.chunk.start)
+=======
+def _join(setting: Setting, parts: Sequence[tuple[int, Part]]) -> Decoded:
+    ordered = [part for _, part in sorted(parts, key=lambda pair: pair[0])]
+>>>>>>> main
     return Decoded(
         setting=setting,
         answers=[answer for part in ordered for answer in part.answers],

@@ -5,21 +5,16 @@
 Exit codes: 0 done, 1 the job failed, 2 the config cannot be honoured.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from ray.exceptions import RayError
-
-from jobs import cluster, tracking
+from jobs import tracking
+from jobs.command import run_command
 from jobs.decoder import decode_all
 from jobs.evaluation_config import EvaluationConfig, resolved
 from jobs.prompts import prompts_of
-from pilotfish import config as configs
-from pilotfish.errors import ConfigError, PilotfishError
 from pilotfish.evaluation.page import PAGE_NAME, write_page
 from pilotfish.evaluation.plots import draw_plots
 from pilotfish.evaluation.report import Report, save_report
@@ -43,12 +38,13 @@ def evaluate(config: EvaluationConfig, *, quiet: bool = False) -> Report:
     for folder in config.guides.values():  # a wrong guide should not cost a cluster's start
         check_guide(folder, base=config.base, base_vocab=fingerprint(tokenizer))
     prompts, prompts_from = prompts_of(config.prompts, tokenizer)
-    decoding = config.decoding
-    cluster.connect(
-        num_cpus=decoding.num_actors * decoding.threads, gpus=decoding.gpus_per_actor > 0
-    )
-    with ExitStack() as stack:
-        run = _open_run(config, stack)
+    with tracking.tracked_run(
+        config.tracking,
+        root=config.root,
+        name=Path(config.output).name,
+        settings=config.model_dump(mode="json"),
+        tags={"job": "evaluate", "base": config.base},
+    ) as run:
         about = About(
             title=config.title,
             base=config.base,
@@ -69,20 +65,6 @@ def evaluate(config: EvaluationConfig, *, quiet: bool = False) -> Report:
     return report
 
 
-def _open_run(config: EvaluationConfig, stack: ExitStack) -> tracking.TrackedRun | None:
-    if not config.tracking.enabled:
-        return None
-    return stack.enter_context(
-        tracking.tracked_run(
-            config.tracking,
-            root=config.root,
-            name=Path(config.output).name,
-            settings=config.model_dump(mode="json"),
-            tags={"job": "evaluate", "base": config.base},
-        )
-    )
-
-
 def _write(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_report(report, folder)
@@ -91,9 +73,15 @@ def _write(report: Report, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see the module docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.evaluate", description="Compare a base with itself under guides."
+    return run_command(
+        argv,
+        job="evaluate",
+        about="Compare a base with itself under guides.",
+        config_type=EvaluationConfig,
+        resolved=resolved,
+        run=_evaluate_and_show,
     )
+<<<<<<< HEAD
     parser.add_argument("config", help="YAML file, such as jobs/configs/kitchen/evaluate.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted overrides: prompts.num=100")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
@@ -113,9 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PilotfishError, RayError) as error:
         logger.error("evaluation failed: %s", error)
         return 1
+=======
+
+
+def _evaluate_and_show(config: EvaluationConfig) -> str:
+>>>>>>> main
     page = Path(resolved(config).output) / PAGE_NAME
-    sys.stdout.write(f"{as_table(report)}\n\nreport: {page}\n")
-    return 0
+    return f"{as_table(evaluate(config))}\n\nreport: {page}"
 
 
 if __name__ == "__main__":

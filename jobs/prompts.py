@@ -1,10 +1,10 @@
-"""The prompts of an evaluation, and words for where they come from."""
+"""The prompts of a job that decodes, and words for where they come from."""
 
 import logging
 
 from transformers import PreTrainedTokenizerBase
 
-from jobs.evaluation_config import KitchenPrompts, RowPrompts
+from jobs.decoding_config import KitchenPrompts, RowPrompts
 from pilotfish import world
 from pilotfish.chat import render_prompt
 from pilotfish.data.loading import load_prompts
@@ -19,7 +19,7 @@ def prompts_of(
 ) -> tuple[list[PromptText], str]:
     """Return the prompts and a description. Raises `DataError` for fewer than two."""
     if isinstance(config, KitchenPrompts):
-        scenes = world.scenes(config.num, config.seed)
+        scenes = world.scenes(config.skip + config.num, config.seed)[config.skip :]
         prompts: list[PromptText] = [tuple(scene.messages) for scene in scenes]
         return prompts, f"{config.num} questions of the kitchen, seed {config.seed}"
     loaded = load_prompts(config, part=config.part).records
@@ -29,7 +29,7 @@ def prompts_of(
         kept = [prompt for prompt in loaded if len(render_prompt(tokenizer, prompt)) <= limit]
         note = f"; {len(loaded) - len(kept)} of {len(loaded)} had more than {limit} tokens"
         logger.info("prompts of %s%s", config, note)
-    kept = kept[: config.num]
+    kept = kept[config.skip :][: config.num]
     if len(kept) < 2:
         raise DataError(
             f"{config} gives {len(kept)} prompts{note}, wanted at least two. Raise "

@@ -26,7 +26,7 @@ class SACUpdates:
         learner = SACLearner(actor, learning.settings, algorithm, seed=config.seed, device=device)
         learning.check_share(learner.num_trainable)
         self._learner = learner
-        self.engine: Any = _Engine(learner, device)
+        self.engine: Any = _Engine(learner, config.train.learning_rate, device)
 
     def learn(self, number: int, rollout: Rollout) -> Mapping[str, Tally]:
         """Take the updates that the rollout's episodes are due."""
@@ -37,15 +37,15 @@ class _Engine:
     """What checkpoints and reports ask of DeepSpeed's engine, for a learner that has none: its
     networks are tiny, and one process holds them and the replay."""
 
-    def __init__(self, learner: SACLearner, device: torch.device) -> None:
-        self._learner = learner
+    def __init__(self, learner: SACLearner, learning_rate: float, device: torch.device) -> None:
+        self._learner, self._learning_rate = learner, learning_rate
         self.device = device
 
     def zero_optimization(self) -> bool:
         return False
 
     def get_lr(self) -> list[float]:
-        return [self._learner.config.learning_rate]
+        return [self._learning_rate]
 
     def get_global_grad_norm(self) -> None:
         return None

@@ -16,6 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from jobs.cluster import REPOSITORY
@@ -100,6 +101,7 @@ def tracked_run(
     name: str,
     settings: Mapping[str, Any],
     tags: Mapping[str, str],
+<<<<<<< HEAD
     continued: str | None = None,
 ) -> Iterator[TrackedRun]:
     """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises.
@@ -116,6 +118,23 @@ def tracked_run(
         info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
         run = TrackedRun(uri, info.run_id)
         _log_settings(run, settings)
+=======
+) -> Iterator[TrackedRun | None]:
+    """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises.
+
+    Gives None where tracking is off.
+    """
+    if not config.enabled:
+        yield None
+        return
+    uri = tracking_uri(config, root)
+    client = MlflowClient(tracking_uri=uri)
+    experiment_id = _experiment(client, config, root)
+    nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
+    all_tags = {**git_state(), **nested, **tags}
+    info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
+    run = TrackedRun(uri, info.run_id)
+>>>>>>> main
     status = "FAILED"
     try:
         yield run

@@ -10,9 +10,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from jobs.decoder import Chunk, Decoder
+from jobs.decoder import Decoder
 from jobs.evaluate import evaluate, main
 from jobs.evaluation_config import EvaluationConfig, resolved
+from jobs.pool import Chunk
 from pilotfish import Pilot, SamplingParams, world
 from pilotfish import config as configs
 from pilotfish.errors import CheckpointError
@@ -115,12 +116,12 @@ def test_a_guide_that_learned_nothing_is_its_sharpened_control(config_path: Path
     vocab = fingerprint(world.build_tokenizer())
     write_card(untrained, GuideCard(kind="genarm", base=str(base), vocab=vocab))
     config = resolved(configs.load(EvaluationConfig, config_path, [f"guides.tilt={untrained}"]))
-    decoder = Decoder(config)
+    decoder = Decoder(config, config.settings)
     prompts = [tuple(scene.messages) for scene in world.scenes(4, 3)]
     texts = {
-        setting.name: [answer.text for answer in decoder.decode(chunk).answers]
-        for place, setting in enumerate(config.settings)
-        for chunk in [Chunk(place=place, start=0, prompts=prompts)]
+        setting.name: [answer.text for answer in decoder.process(chunk).answers]
+        for setting in config.settings
+        for chunk in [Chunk(items=prompts, start=0, label=setting.name)]
     }
     assert texts["tilt w=1"] == texts["base T=0.5"]
     assert texts["tilt w=1"] != texts["base"]

@@ -109,6 +109,21 @@ def test_prompts_are_what_the_base_will_read() -> None:
         assert example.token_ids == render_prompt(prepared.tokenizer, example.prompt)
 
 
+def test_the_rows_of_an_aligner_come_in_its_template() -> None:
+    config = JobConfig.model_validate(
+        {
+            "output": "${root}/x",
+            "model": KITCHEN_MODEL.model_dump(),
+            "objective": {"kind": "aligner", "template_text": KITCHEN_TEMPLATE.text},
+            "data": KITCHEN.model_dump(),
+            "train": {"steps": 1, "learning_rate": 1e-3},
+        }
+    )
+    prepared, _ = prepare(config)
+    expected, _ = prepare_rows("corrections", KITCHEN, KITCHEN_MODEL, template=KITCHEN_TEMPLATE)
+    assert prepared.train == expected.train
+
+
 def test_a_stream_wants_a_number_of_steps() -> None:
     config = JobConfig.model_validate(
         {

@@ -34,7 +34,6 @@ from tests.learning import (
 )
 
 QUICK: dict[str, Any] = {
-    "learning_rate": 3e-3,
     "batch_size": 64,
     "updates_per_episode": 1,
     "learning_starts": 100,
@@ -124,7 +123,7 @@ def new_learner(**settings: Any) -> SACLearner:
     proxy = proxy_settings()
     torch.manual_seed(1)
     actor = random_head(3, proxy).float()
-    return SACLearner(actor, proxy, SACConfig(**{**QUICK, **settings}), seed=5)
+    return SACLearner(actor, proxy, SACConfig(**{**QUICK, **settings}), learning_rate=3e-3, seed=5)
 
 
 def value(critic: torch.nn.Module, features: Tensor, action: int) -> float:
@@ -236,7 +235,7 @@ def test_sac_comes_close_to_the_best_that_the_restriction_allows() -> None:
     actor = new_policy(settings, ProxyLearnerConfig(), base.model).actor
     guide = ProxyGuide(base, actor, settings)
     engine = recording_engine(guide, base)
-    learner = SACLearner(actor, settings, SACConfig(**QUICK), seed=0)
+    learner = SACLearner(actor, settings, SACConfig(**QUICK), learning_rate=3e-3, seed=0)
 
     before = which.law(served(guide, base))
     for iteration in range(22):

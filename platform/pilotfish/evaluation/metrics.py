@@ -50,6 +50,16 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean=tidy(array.mean()), error=tidy(array.std(ddof=1) / math.sqrt(len(values))))
 
 
+def has_fallen(estimates: Sequence[Estimate], patience: int) -> bool:
+    """Say whether each of the last `patience` estimates lies below the best before all of them.
+
+    Below means by more than its own standard error.
+    """
+    before, last = estimates[:-patience], estimates[-patience:]
+    best = max((one.mean for one in before), default=-math.inf)
+    return all(best - one.mean > one.error for one in last)
+
+
 def compare(values: Sequence[float], reference: Sequence[float], *, seed: int = 0) -> Comparison:
     """Compare rewards prompt by prompt.
 

@@ -20,16 +20,21 @@ def tracker_name(name: str) -> str:
     return re.sub(r"[^\w.\- ]+", "", name).strip(" .")
 
 
-class Setting(Config):
+class Sampling(Config):
+    """How tokens are drawn."""
+
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: NonNegativeInt = 0
+
+
+class Setting(Sampling):
     """One way to decode: guides with their weights, and how tokens are drawn."""
 
     name: str
     guides: dict[str, float] = Field(default_factory=dict)
     """Weight by guide name, in the order of tilting; empty is the base alone."""
-    temperature: NonNegativeFloat = 1.0
-    """0 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: NonNegativeInt = 0
 
     @field_validator("name")
     @classmethod

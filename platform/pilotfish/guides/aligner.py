@@ -61,17 +61,22 @@ class AlignerGuide:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: AlignerSettings, host: GuideHost
     ) -> "AlignerGuide":
+        return cls.of(host.load_text_model(folder), settings)
+
+    @classmethod
+    def of(cls, model: TextModel, settings: AlignerSettings) -> "AlignerGuide":
+        """Return the guide that a card's settings make of a model."""
         return cls(
-            host.load_text_model(folder),
+            model,
             settings.correction,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=settings.seed,
         )
 
-    def check(self, prompt: Prompt) -> None:
+    def check(self, prompt: Prompt, draft: str = "") -> None:
         """Raise `PromptError` for a prompt without text, or with more than fits."""
-        self._writing(prompt, "")
+        self._writing(prompt, draft)
 
     def revise(self, prompt: Prompt, draft: str) -> Iterator[str]:
         return self._model.stream(self._writing(prompt, draft))

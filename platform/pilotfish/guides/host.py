@@ -75,23 +75,16 @@ class GuideHost:
     def load_text_model(self, folder: str | Path) -> TextModel:
         """Load a causal LM that writes text, with its own tokenizer: any vocabulary will do.
 
-        Raises `ConfigError` where no decode loop is at hand, and `CheckpointError` for a folder
-        that cannot be loaded or a tokenizer without an end token.
+        Raises `ConfigError` where no decode loop is at hand, and what `load_writer` raises.
         """
         if self.open_text_model is None:
             raise ConfigError(
                 f"guide {str(folder)!r} writes text, and nothing here can decode it. Load it with "
                 "Pilot."
             )
-        tokenizer = load_tokenizer(folder)
-        model = load_frozen(folder, device=self.device, dtype=self.dtype)
-        end_ids = stop_ids(tokenizer, model.generation_config)
-        if not end_ids:
-            raise CheckpointError(
-                f"the tokenizer of {str(folder)!r} has no end token, so no text of its model would "
-                "ever end. Set `tokenizer.eos_token` and save it again."
-            )
-        lm = CausalLM(model, vocab_size=len(tokenizer), num_slots=self.num_slots)
+        lm, tokenizer, end_ids = load_writer(
+            folder, device=self.device, dtype=self.dtype, num_slots=self.num_slots
+        )
         self.lms.append(lm)
         return self.open_text_model(lm, tokenizer, end_ids)
 
@@ -105,6 +98,24 @@ class GuideHost:
             guide_vocab=fingerprint(tokenizer),
         )
         return tokenizer
+
+
+def load_writer(
+    folder: str | Path, *, device: str | torch.device, dtype: Dtype, num_slots: int
+) -> tuple[CausalLM, PreTrainedTokenizerBase, frozenset[int]]:
+    """Load an LM that writes text: with its own tokenizer, and the ids that end what it writes.
+
+    Raises `CheckpointError` for a folder that cannot be loaded or a tokenizer without an end token.
+    """
+    tokenizer = load_tokenizer(folder)
+    model = load_frozen(folder, device=device, dtype=dtype)
+    end_ids = stop_ids(tokenizer, model.generation_config)
+    if not end_ids:
+        raise CheckpointError(
+            f"the tokenizer of {str(folder)!r} has no end token, so no text of its model would "
+            "ever end. Set `tokenizer.eos_token` and save it again."
+        )
+    return CausalLM(model, vocab_size=len(tokenizer), num_slots=num_slots), tokenizer, end_ids
 
 
 def beside(folder: str | Path, path: str) -> str:

@@ -32,7 +32,6 @@ class SACConfig(Config):
     """MARA's settings, but for `beta_kl`."""
 
     kind: Literal["sac"] = "sac"
-    learning_rate: PositiveFloat = 3e-4
     batch_size: PositiveInt = 1024
     """Decisions per update."""
     updates_per_episode: PositiveInt = 10
@@ -65,11 +64,15 @@ class SACLearner:
         settings: ProxySettings,
         config: SACConfig,
         *,
+        learning_rate: float = 3e-4,
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`actor` is trained in place. Raises `ConfigError` for settings whose accepts and rejects
-        cannot be told from the emitted tokens, and for a replay that is too small."""
+        """`actor` is trained in place; MARA's learning rate is the default.
+
+        Raises `ConfigError` for settings whose accepts and rejects cannot be told from the emitted
+        tokens, and for a replay that is too small.
+        """
         _check_rules(settings)
         self.actor = actor
         self.config = config
@@ -89,7 +92,7 @@ class SACLearner:
             math.log(config.initial_alpha), device=device, requires_grad=True
         )
         learned = [*actor.parameters(), *self.critics.parameters(), self._log_alpha]
-        self._optimizer = torch.optim.Adam(learned, lr=config.learning_rate)
+        self._optimizer = torch.optim.Adam(learned, lr=learning_rate)
 
     @property
     def num_trainable(self) -> int:

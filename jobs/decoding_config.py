@@ -1,0 +1,108 @@
+"""What jobs that decode are told: a base with guides, prompts, a judge, and the actors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
+
+from jobs.config import rows_kind
+from jobs.output import OutputConfig, absolute, with_output
+from jobs.pool import ActorsConfig
+from pilotfish.config import Config
+from pilotfish.data.loading import Part
+from pilotfish.data.sources import DataSource
+from pilotfish.errors import ConfigError
+from pilotfish.evaluation.rewards import ModelRewardConfig, RewardConfig
+from pilotfish.evaluation.settings import Setting
+
+
+class KitchenPrompts(Config):
+    """Questions of the miniature world."""
+
+    source: Literal["kitchen"]
+    num: int = Field(default=500, ge=2)
+    seed: NonNegativeInt = 1001
+    """Not the one of a training set: a question would be known."""
+    skip: NonNegativeInt = 0
+    """So many come before the first."""
+
+
+class RowPrompts(DataSource):
+    """The prompts of files or of a hub set, in the section that training was given."""
+
+    part: Part = "heldout"
+    num: int | None = Field(default=None, ge=2)
+    """At most so many, the first in the order of the source."""
+    skip: NonNegativeInt = 0
+    """So many come before the first."""
+    max_tokens: PositiveInt | None = None
+    """Prompts of more tokens are left out and counted."""
+
+
+PromptsConfig = Annotated[
+    Annotated[KitchenPrompts, Tag("kitchen")] | Annotated[RowPrompts, Tag("rows")],
+    Discriminator(rows_kind),
+]
+
+
+class DecodingConfig(ActorsConfig):
+    """How answers are decoded, and on what."""
+
+    max_tokens: PositiveInt = 256
+    stop: tuple[str, ...] = ()
+
+
+class DecodingJobConfig(OutputConfig):
+    """A job in which a base with guides answers prompts, and a judge may say what that is worth."""
+
+    base: str
+    """Folder or hub id."""
+    guides: dict[str, str] = Field(default_factory=dict)
+    """Guide folder by name."""
+    prompts: PromptsConfig
+    reward: RewardConfig
+    seed: NonNegativeInt = 1
+    decoding: DecodingConfig = DecodingConfig()
+
+
+J = TypeVar("J", bound=DecodingJobConfig)
+S = TypeVar("S", bound=Config)
+
+
+def with_paths(config: J) -> J:
+    """Return the config with absolute paths everywhere: actors run in other folders."""
+    return with_output(config).model_copy(
+        update={
+            "base": absolute(config.base),
+            "guides": {name: absolute(folder) for name, folder in config.guides.items()},
+            "prompts": located(config.prompts),
+            "reward": judged_by(config.reward),
+        }
+    )
+
+
+def located(rows: S) -> S:
+    """Return a section about rows with absolute paths."""
+    if not isinstance(rows, DataSource):
+        return rows
+    paths = (rows.path,) if isinstance(rows.path, str) else rows.path
+    return rows.model_copy(update={"path": tuple(absolute(path) for path in paths)})
+
+
+def judged_by(reward: RewardConfig) -> RewardConfig:
+    """Return the judge with an absolute path."""
+    if isinstance(reward, ModelRewardConfig):
+        return reward.model_copy(update={"path": absolute(reward.path)})
+    return reward
+
+
+def check_guide_names(settings: Sequence[Setting], guides: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for a setting with a guide that has no folder."""
+    for setting in settings:
+        unknown = [name for name in setting.guides if name not in guides]
+        if unknown:
+            known = ", ".join(guides) or "none"
+            raise ConfigError(
+                f"setting {setting.name!r} uses guide {unknown[0]!r}, which is not among the "
+                f"guides ({known})"
+            )

@@ -281,16 +281,6 @@ class JobConfig(Config):
             raise ValueError(
                 "train.epochs: learning from reward counts iterations; set train.steps"
             )
-<<<<<<< HEAD
-        if isinstance(getattr(self.objective, "algorithm", None), SACConfig) and (
-            self.scaling.max_workers > 1
-        ):
-            raise ValueError(
-                "scaling.num_workers: SAC has one learner and its replay; set 1, and "
-                "rollout.where: actors to decode on more"
-            )
-=======
->>>>>>> main
         if self.base is not None and not self.needs_base:
             raise ValueError(f"base: the objective {kind!r} has no use for this section")
         if self.needs_base and self.frozen_base.path is None:
@@ -304,7 +294,7 @@ class JobConfig(Config):
     def _check_sac(self) -> Self:
         if not isinstance(getattr(self.objective, "algorithm", None), SACConfig):
             return self
-        if self.scaling.num_workers > 1:
+        if self.scaling.max_workers > 1:
             raise ValueError(
                 "scaling.num_workers: SAC has one learner and its replay; set 1, and "
                 "rollout.where: actors to decode on more"

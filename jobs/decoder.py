@@ -78,28 +78,11 @@ class Decoder:
         )
 
 
-<<<<<<< HEAD
-def decode_all(
-    config: EvaluationConfig, prompts: Sequence[PromptText], *, quiet: bool = False
-) -> list[Decoded]:
-    """Decode every setting on actors, with a progress bar unless `quiet`; Ray must be connected.
-
-    Raises what a decoder raises (`CheckpointError`, `PromptError`, `DataError`).
-    """
-    parts: list[list[Part]] = [[] for _ in config.settings]
-    for part in _run(config, _chunks(config, prompts), quiet=quiet):
-        parts[part.chunk.place].append(part)
-    return [_join(setting, found) for setting, found in zip(config.settings, parts, strict=True)]
-
-
-def _chunks(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Chunk]:
-=======
 def decode_all(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Decoded]:
     """Decode every setting on actors, with a progress bar.
 
     Raises what a decoder raises (`CheckpointError`, `PromptError`, `DataError`).
     """
->>>>>>> main
     size = config.decoding.chunk_size
     chunks = [
         chunk
@@ -113,50 +96,8 @@ def decode_all(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[
     return [_join(setting, parts[setting.name]) for setting in config.settings]
 
 
-<<<<<<< HEAD
-def _run(config: EvaluationConfig, chunks: Sequence[Chunk], *, quiet: bool) -> Iterator[Part]:
-    decoding = config.decoding
-    remote: Any = ray.remote(
-        num_cpus=decoding.threads,
-        num_gpus=decoding.gpus_per_actor,
-        # Decoding again gives the same answers, so a lost node costs time alone.
-        max_restarts=2,
-        max_task_retries=2,
-    )(Decoder)
-    actors = [remote.remote(config) for _ in range(min(decoding.num_actors, len(chunks)))]
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_PER_LINE
-    total = sum(len(chunk.prompts) for chunk in chunks)
-    results: Any = ActorPool(actors).map_unordered(
-        lambda actor, chunk: actor.decode.remote(chunk), list(chunks)
-    )
-    try:
-        with tqdm(
-            desc="evaluating",
-            total=total,
-            unit="answer",
-            mininterval=interval,
-            dynamic_ncols=True,
-            disable=quiet,
-        ) as bar:
-            for part in results:
-                bar.set_postfix_str(config.settings[part.chunk.place].name, refresh=False)
-                bar.update(len(part.answers))
-                yield part
-    except RayTaskError as error:
-        if isinstance(error.cause, PilotfishError):
-            raise error.cause from None
-        raise
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _join(setting: Setting, parts: Sequence[Part]) -> Decoded:
-    ordered = sorted(parts, key=lambda part: part.chunk.start)
-=======
 def _join(setting: Setting, parts: Sequence[tuple[int, Part]]) -> Decoded:
     ordered = [part for _, part in sorted(parts, key=lambda pair: pair[0])]
->>>>>>> main
     return Decoded(
         setting=setting,
         answers=[answer for part in ordered for answer in part.answers],

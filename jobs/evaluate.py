@@ -1,6 +1,6 @@
 """Compare a base with itself under guides, and with the controls, on Ray actors.
 
-    python -m jobs.evaluate CONFIG [key=value ...] [--dry-run] [--quiet]
+    python -m jobs.evaluate CONFIG [key=value ...] [--dry-run]
 
 Exit codes: 0 done, 1 the job failed, 2 the config cannot be honoured.
 """
@@ -28,7 +28,7 @@ from pilotfish.models.vocab import fingerprint
 logger = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluationConfig, *, quiet: bool = False) -> Report:
+def evaluate(config: EvaluationConfig) -> Report:
     """Run the evaluation, write its report to `output`, and return it with every answer.
 
     Raises `ConfigError`, `CheckpointError`, `VocabMismatchError`, `DataError` or `PromptError`.
@@ -54,9 +54,7 @@ def evaluate(config: EvaluationConfig, *, quiet: bool = False) -> Report:
             config=config.model_dump(mode="json"),
             run_id=None if run is None else run.run_id,
         )
-        report = summarise(
-            decode_all(config, prompts, quiet=quiet), prompts, about=about, seed=config.seed
-        )
+        report = summarise(decode_all(config, prompts), prompts, about=about, seed=config.seed)
         _write(report, Path(config.output))
         if run is not None:
             run.log_metrics(report.metrics())
@@ -81,31 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolved=resolved,
         run=_evaluate_and_show,
     )
-<<<<<<< HEAD
-    parser.add_argument("config", help="YAML file, such as jobs/configs/kitchen/evaluate.yaml")
-    parser.add_argument("overrides", nargs="*", help="dotted overrides: prompts.num=100")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
-    parser.add_argument("--quiet", action="store_true", help="show warnings and the result alone")
-    args = parser.parse_args(argv)
-    level = logging.WARNING if args.quiet else logging.INFO
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        config = configs.load(EvaluationConfig, args.config, args.overrides)
-        if args.dry_run:
-            sys.stdout.write(configs.dump(resolved(config)))
-            return 0
-        report = evaluate(config, quiet=args.quiet)
-    except ConfigError as error:
-        logger.error("%s", error)
-        return 2
-    except (PilotfishError, RayError) as error:
-        logger.error("evaluation failed: %s", error)
-        return 1
-=======
 
 
 def _evaluate_and_show(config: EvaluationConfig) -> str:
->>>>>>> main
     page = Path(resolved(config).output) / PAGE_NAME
     return f"{as_table(evaluate(config))}\n\nreport: {page}"
 

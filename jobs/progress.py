@@ -19,6 +19,19 @@ _POLL_SECONDS = 0.5
 _SECONDS_PER_LINE = 15.0
 
 
+_shown = True
+
+
+def hide_bars() -> None:
+    """Show no bars in this process."""
+    global _shown
+    _shown = False
+
+
+def are_hidden() -> bool:
+    return not _shown
+
+
 class ProgressBoard:
     """The latest step of a run, kept by one small actor."""
 
@@ -35,19 +48,17 @@ class ProgressBoard:
 
 
 @contextmanager
-def progress_bar(label: str, *, shown: bool = True) -> Iterator[Any]:
+def progress_bar(label: str) -> Iterator[Any]:
     """Show a bar while the block runs; gives the actor handle that workers `post` to."""
     board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()
     stop = threading.Event()
     thread = threading.Thread(target=_show, args=(board, label, stop), daemon=True)
-    if shown:
-        thread.start()
+    thread.start()
     try:
         yield board
     finally:
         stop.set()
-        if shown:
-            thread.join(timeout=5)
+        thread.join(timeout=5)
         ray.kill(board)
 
 
@@ -55,7 +66,9 @@ def _show(board: Any, label: str, stop: threading.Event) -> None:
     interval = _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
     # Not `dynamic_ncols`: a pseudo-terminal of unknown width would be a bar of no width.
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
-    with tqdm(desc=label, unit="step", mininterval=interval, ncols=width) as bar:
+    with tqdm(
+        desc=label, unit="step", mininterval=interval, ncols=width, disable=are_hidden()
+    ) as bar:
         bar.set_postfix_str("starting workers")
         while not stop.wait(_POLL_SECONDS):
             _refresh(bar, board)

@@ -101,40 +101,27 @@ def tracked_run(
     name: str,
     settings: Mapping[str, Any],
     tags: Mapping[str, str],
-<<<<<<< HEAD
     continued: str | None = None,
-) -> Iterator[TrackedRun]:
-    """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises.
-
-    `continued` is the id of a run that was cut short and now goes on, if it is still there.
-    """
-    uri = tracking_uri(config, root)
-    client = MlflowClient(tracking_uri=uri)
-    if continued is not None and _reopen(client, continued):
-        run = TrackedRun(uri, continued)
-    else:
-        experiment_id = _experiment(client, config, root)
-        all_tags = {**git_state(), **tags}
-        info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
-        run = TrackedRun(uri, info.run_id)
-        _log_settings(run, settings)
-=======
 ) -> Iterator[TrackedRun | None]:
     """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises.
 
-    Gives None where tracking is off.
+    Gives None where tracking is off. `continued` is the id of a run that was cut short and now goes
+    on, if it is still there.
     """
     if not config.enabled:
         yield None
         return
     uri = tracking_uri(config, root)
     client = MlflowClient(tracking_uri=uri)
-    experiment_id = _experiment(client, config, root)
-    nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
-    all_tags = {**git_state(), **nested, **tags}
-    info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
-    run = TrackedRun(uri, info.run_id)
->>>>>>> main
+    if continued is not None and _reopen(client, continued):
+        run = TrackedRun(uri, continued)
+    else:
+        experiment_id = _experiment(client, config, root)
+        nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
+        all_tags = {**git_state(), **nested, **tags}
+        info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
+        run = TrackedRun(uri, info.run_id)
+        _log_settings(run, settings)
     status = "FAILED"
     try:
         yield run

@@ -32,7 +32,7 @@ from ray.train.torch import TorchTrainer
 from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
 from jobs.config import JobConfig
-from jobs.progress import progress_bar
+from jobs.progress import hide_bars, progress_bar
 from jobs.records import describe, training_record
 from jobs.resolve import config_hash, resolved
 from jobs.run_folder import RunInfo, prepare_in, read_run_info, write_run_info
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 WorkerLoop = Callable[[dict[str, Any]], list[dict[str, float]]]
 
 
-def train(config: JobConfig, *, loop: WorkerLoop = train_loop, quiet: bool = False) -> Path:
+def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
     """Run the job and return the folder it wrote.
 
     Returns at once when the output was trained from the same settings before. Raises `ConfigError`
@@ -76,7 +76,7 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop, quiet: bool = Fal
             tracking_uri=None if run is None else run.uri,
         )
         write_run_info(run_folder, info, config)
-        history, model = _fit(config, run_folder, run, loop, quiet=quiet)
+        history, model = _fit(config, run_folder, run, loop)
         record = training_record(config, info, history)
         # A job that is killed in here does all of it again.
         with whole_folder(output) as folder:
@@ -125,8 +125,6 @@ def _slug(config: JobConfig) -> str:
 def _open_run(
     config: JobConfig, digest: str, run_folder: Path, stack: ExitStack
 ) -> tracking.TrackedRun | None:
-    if not config.tracking.enabled:
-        return None
     before = read_run_info(run_folder)
     uri = tracking.tracking_uri(config.tracking, config.root)
     return stack.enter_context(
@@ -146,15 +144,13 @@ def _fit(
     run_folder: Path,
     run: tracking.TrackedRun | None,
     loop: WorkerLoop,
-    *,
-    quiet: bool,
 ) -> tuple[list[dict[str, float]], Path]:
     """Run the workers; return their reports and the folder with the finished model."""
     prepared, lengths = _prepare(config, run_folder)
     logger.info("training rows: %s", lengths)
     if run is not None:
         run.log_metrics(lengths.metrics())
-    with progress_bar(_slug(config), shown=not quiet) as board:
+    with progress_bar(_slug(config)) as board:
         job = WorkerSettings(
             config=config,
             prepared=prepared,
@@ -229,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors alone")
     args = parser.parse_args(argv)
+    if args.quiet:
+        hide_bars()
     logging.basicConfig(format="%(levelname)s %(message)s")
     for name in (__name__, "jobs", "pilotfish"):
         logging.getLogger(name).setLevel(logging.WARNING if args.quiet else logging.INFO)
@@ -237,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             sys.stdout.write(configs.dump(resolved(config)))
             return 0
-        train(config, quiet=args.quiet)
+        train(config)
     except ConfigError as error:
         logger.error("%s", error)
         return 2

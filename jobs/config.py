@@ -277,6 +277,12 @@ class JobConfig(Config):
                 "objective.length_check cannot decode with adapters. Leave it or "
                 "model.lora out, and compare lengths in an evaluation"
             )
+        if self.rollout is not None and self.rollout.where == "actors" and self.base is not None:
+            if self.base.sharding != "none":
+                raise ValueError(
+                    f"base.sharding: {self.base.sharding}, but rollout.where is actors, each of "
+                    "which holds a whole base. Set where: workers, or sharding: none"
+                )
         if self.rollout is not None and self.train.steps is None:
             raise ValueError(
                 "train.epochs: learning from reward counts iterations; set train.steps"

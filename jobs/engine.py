@@ -22,11 +22,22 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
     return deepspeed
 
 
-def start_engine(module: nn.Module, train: TrainConfig, *, total_steps: int, on_cpu: bool) -> Any:
-    """Return an engine over the whole worker group that trains what of `module` has gradients."""
+def start_engine(
+    module: nn.Module,
+    train: TrainConfig,
+    *,
+    total_steps: int,
+    on_cpu: bool,
+    num_alike: int = 1,
+) -> Any:
+    """Return an engine over the whole worker group that trains what of `module` has gradients.
+
+    So many workers each see the same rows (`num_alike`); DeepSpeed counts a row as often.
+    """
     deepspeed = import_deepspeed(on_cpu=on_cpu)
     launch = Launch(total_steps=total_steps, num_workers=dist.get_world_size(), on_cpu=on_cpu)
     trained: Any = [weight for weight in module.parameters() if weight.requires_grad]
-    config = resolve(train, launch)
+    counted = train.model_copy(update={"batch_size": train.batch_size * num_alike})
+    config = resolve(counted, launch)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     return engine

@@ -18,7 +18,6 @@ _POLL_SECONDS = 0.5
 # Where every refresh is a new line (a log file, `ray job submit`), few lines are enough.
 _SECONDS_PER_LINE = 15.0
 
-
 _shown = True
 
 

@@ -40,33 +40,36 @@ class SupervisedTraining:
         self._config = config
         self._prepared = prepared
         self._objective = OBJECTIVES[config.objective.kind]
-        self._rank = dist.get_rank()
-        self._world_size = dist.get_world_size()
+        torch.manual_seed(config.seed)
+        on_cpu = not config.scaling.use_gpu
+        base: FrozenBase | None = None
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        if config.needs_base:
+            # The workers of a tensor group see the same rows.
+            base = load_frozen_base(config.frozen_base, on_cpu=on_cpu)
+            self._rank, self._size = base.data_rank, base.data_size
         self.total_steps = config.train.total_steps(len(prepared.train))
         self._batches = prepared.batches(
             batch_size=config.train.batch_size,
             seed=config.seed,
-            world_size=self._world_size,
+            world_size=self._size,
             rank=self._rank,
         )
         self._num_copied = 0
         if isinstance(config.objective, AlignerConfig):
             self._num_copied = round(config.objective.identity_share * self.total_steps)
-        torch.manual_seed(config.seed)
         self._learner = build_learner(
             config.started,
             prepared.tokenizer,
             head=self._objective.head,
             dtype=config.train.dtype,
         )
-        base: FrozenBase | None = None
-        if self._objective.needs_base(config.objective):
-            base = load_frozen_base(config.frozen_base, on_cpu=not config.scaling.use_gpu)
         self.engine = start_engine(
             self._learner,
             config.train,
             total_steps=self.total_steps,
-            on_cpu=not config.scaling.use_gpu,
+            on_cpu=on_cpu,
+            num_alike=dist.get_world_size() // self._size,
         )
         self._models = Models(learner=self.engine, base=None if base is None else base.logits)
         self._lengths = None if base is None else self._length_check(base)
@@ -81,7 +84,7 @@ class SupervisedTraining:
         units = [self._objective.units(batch) for batch in batches]
         total_units = summed_over_workers(self.engine, torch.tensor([float(sum(units))]))[0]
         # DeepSpeed averages over workers and passes as if all held the same number of units.
-        share = self._world_size * len(batches) / total_units
+        share = dist.get_world_size() * len(batches) / total_units
         tallies: dict[str, Tally] = {}
         for batch, num in zip(batches, units, strict=True):
             output = self._loss(batch)
@@ -97,10 +100,10 @@ class SupervisedTraining:
         self.engine.eval()
         rows = sorted(self._prepared.heldout, key=len)
         size = self.engine.train_micro_batch_size_per_gpu()
-        chunk = size * self._world_size
+        chunk = size * self._size
         tallies: dict[str, Tally] = {}
         for start in range(0, len(rows), chunk):
-            mine = rows[start : start + chunk][self._rank :: self._world_size]
+            mine = rows[start : start + chunk][self._rank :: self._size]
             # ZeRO-3 gathers weights in every forward pass, so all workers must run as many: one
             # without rows runs a row that does not count.
             [batch] = self._collated(mine or rows[:1], size)
@@ -116,8 +119,9 @@ class SupervisedTraining:
 
     def write(self, folder: Path) -> None:
         """Write the whole model, adapters merged."""
-        state = gathered_state(self._learner, keep=self._rank == 0)
-        if self._rank == 0:
+        is_first = dist.get_rank() == 0
+        state = gathered_state(self._learner, keep=is_first)
+        if is_first:
             # Adapters take a model without them; otherwise the one at hand will do.
             model = self._learner.model if self._config.started.lora is None else None
             write_trained(folder, self._config, self._prepared.tokenizer, state, model=model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from ray.train.torch import get_device
+from torch import Tensor
 
 from jobs.config import JobConfig
 from jobs.policies import ProxyLearning
@@ -59,3 +60,11 @@ class _Engine:
         # The replay holds numpy arrays, which torch does not take for plain weights.
         self._learner.load_state_dict(torch.load(path, weights_only=False))
         return str(path), {}
+
+
+def saved_actor(folder: Path) -> dict[str, Tensor] | None:
+    """Return the actor in the folder of a checkpoint's tag; None if SAC did not write it."""
+    path = folder / _NAME
+    if not path.is_file():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=False)["actor"]

@@ -3,12 +3,14 @@
 Shapes: B rows, T positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
@@ -120,20 +122,12 @@ class SupervisedTraining:
 
     def write(self, folder: Path) -> None:
         """Write the whole model, adapters merged."""
-        state = gathered_state(self._learner.model, keep=dist.get_rank() == 0)
-        if dist.get_rank():
-            return
-        model, tokenizer = self._learner.model, self._prepared.tokenizer
-        if self._config.started.lora is not None:
-            model = merged(
-                self._config.started,
-                tokenizer,
-                state,
-                head=self._objective.head,
-                dtype=self._config.train.dtype,
-            )
-            state = model.state_dict()
-        save_model(folder, model, tokenizer, state=state)
+        is_first = dist.get_rank() == 0
+        state = gathered_state(self._learner, keep=is_first)
+        if is_first:
+            # Adapters take a model without them; otherwise the one at hand will do.
+            model = self._learner.model if self._config.started.lora is None else None
+            write_trained(folder, self._config, self._prepared.tokenizer, state, model=model)
 
     def state(self) -> dict[str, Any]:
         """Return the position in the rows."""
@@ -169,3 +163,23 @@ class SupervisedTraining:
         assert collate is not None, "rows that are learned from"
         # Padding is masked everywhere, so any id will do.
         return [collate(rows[at : at + size], 0) for at in range(0, len(rows), size)]
+
+
+def write_trained(
+    folder: Path,
+    config: JobConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Mapping[str, Tensor],
+    *,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Write the whole model that was trained, from trained tensors by name in the learner.
+
+    Of `model`, if it is given, the architecture alone is read, and `trained` is all of its weights.
+    """
+    trained = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+    if model is None:
+        head = OBJECTIVES[config.objective.kind].head
+        model = merged(config.started, tokenizer, trained, head=head, dtype=config.train.dtype)
+        trained = model.state_dict()
+    save_model(folder, model, tokenizer, state=trained)

@@ -37,7 +37,7 @@ def run_command(
     parser.add_argument("overrides", nargs="*", help="dotted overrides: seed=3 prompts.num=100")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
     parser.add_argument("--quiet", action="store_true", help="show warnings and the result alone")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.quiet:
         hide_bars()
     logging.basicConfig(format="%(levelname)s %(message)s")

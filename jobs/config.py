@@ -120,6 +120,8 @@ class Scaling(Config):
     from the last checkpoint when that changes. A node that is lost counts as a failure."""
     resize_every: PositiveFloat = 60.0
     """Seconds between looks for room, where `num_workers` is a range."""
+    workers_per_node: PositiveInt | None = None
+    """For what must fit a node, such as a tensor group. Default: all are on one."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] | None = None
     threads: PositiveInt = 1

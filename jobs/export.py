@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sources", nargs="+", help="a checkpoint; with --soup, FOLDER=WEIGHT ...")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--soup", action="store_true", help="mix model folders by weight")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         if Path(args.output).exists():

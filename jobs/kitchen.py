@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", default="runs", help="folder of everything that is made")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="stages at a time")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="stages, with what they need")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     root = Path(args.root).expanduser().resolve()
     unknown = [name for name in args.only or () if name not in STAGES]

@@ -150,7 +150,7 @@ def _connect(config: RoundsConfig) -> None:
     if isinstance(config.pairs, AlignerPairs):
         actors.append(config.pairs.actors)
     cluster.connect(
-        num_cpus=max(scaling.num_workers * scaling.threads, *(one.num_cpus for one in actors)),
+        num_cpus=max(scaling.max_workers * scaling.threads, *(one.num_cpus for one in actors)),
         gpus=scaling.use_gpu or any(one.gpus_per_actor > 0 for one in actors),
     )
 

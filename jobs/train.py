@@ -32,6 +32,7 @@ from ray.train.torch import TorchTrainer
 from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
 from jobs.config import JobConfig
+from jobs.dry_run import check_base, memory_plan
 from jobs.progress import hide_bars, progress_bar
 from jobs.records import describe, training_record
 from jobs.resolve import config_hash, resolved
@@ -61,6 +62,7 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
         return output
     if config.model is not None:
         _check_init(config.model.init)
+    check_base(config)
     # Ray Train resumes from what lies here.
     run_folder = Path(config.root) / "train" / f"{_slug(config)}-{digest}"
     if config.force:
@@ -222,9 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.train", description="Train a model.")
     parser.add_argument("config", help="YAML file, such as jobs/configs/kitchen/genarm.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted overrides: train.learning_rate=5e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, and plan memory"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU, for --dry-run"
+    )
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors alone")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.quiet:
         hide_bars()
     logging.basicConfig(format="%(levelname)s %(message)s")
@@ -233,7 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configs.load(JobConfig, args.config, args.overrides)
         if args.dry_run:
-            sys.stdout.write(configs.dump(resolved(config)))
+            config = resolved(config)
+            sys.stdout.write(configs.dump(config))
+            if (memory := memory_plan(config, gpu_memory_gib=args.gpu_memory)) is not None:
+                logger.info("memory by arithmetic, nothing was loaded:\n%s", memory.table())
             return 0
         train(config)
     except ConfigError as error:

@@ -1,9 +1,10 @@
-"""What can be said of a job before anything is loaded: whether its base can be shared, what fits."""
+"""What can be said before anything is loaded: whether a base can be shared, and what fits."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.config import JobConfig
@@ -47,6 +48,7 @@ def memory_plan(config: JobConfig, *, gpu_memory_gib: float) -> MemoryPlan | Non
             architecture=architecture,
             base=config.frozen_base,
             guide=_trained(config, architecture),
+            adapters=_adapters(config),
             num_workers=config.scaling.max_workers,
             workers_per_node=config.scaling.workers_per_node or config.scaling.max_workers,
             zero_stage=zero.get("stage", 0),
@@ -74,3 +76,18 @@ def _trained(config: JobConfig, base: PreTrainedConfig) -> PreTrainedConfig | in
     init = config.started.init
     assert isinstance(init, str), "a base names what it starts from"
     return load_architecture(init)
+
+
+def _adapters(config: JobConfig) -> int | None:
+    """Return how many parameters the adapters have; None where whole weights are trained."""
+    lora = None if config.model is None else config.model.lora
+    if lora is None:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_architecture(str(config.started.init)))
+    sizes = [
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in lora.targets
+    ]
+    return lora.rank * sum(sizes)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
+from jobs.engine import partitioned_loading
 from jobs.model import build_model, merged
 from jobs.rollouts import Sampler
 from pilotfish.chat import stop_ids
@@ -146,12 +147,14 @@ class LMLearning:
         self, config: JobConfig, objective: PolicyConfig, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         init, dtype = config.started.init, config.train.dtype
-        actor = build_model(init, tokenizer, head="lm", dtype=dtype)
-        critic = build_model(objective.critic or init, tokenizer, head="score", dtype=dtype)
+        with partitioned_loading(config.train, on_cpu=not config.scaling.use_gpu):
+            actor = build_model(init, tokenizer, head="lm", dtype=dtype)
+            critic = build_model(objective.critic or init, tokenizer, head="score", dtype=dtype)
         self.module: LMPolicy = LMPolicy(actor, critic)
         self.algorithm = objective.algorithm
-        num_trained = sum(weight.numel() for weight in self.module.parameters())
-        self.facts = {"trainable_parameters": float(num_trained)}
+        # Partitioned ones have no elements here.
+        sizes = [getattr(one, "ds_numel", one.numel()) for one in self.module.parameters()]
+        self.facts = {"trainable_parameters": float(sum(sizes))}
 
     def evaluate(self, engine: Any, episodes: Sequence[Episode]) -> Evaluation:
         return engine(**lm_policy.collate(episodes, device=engine.device))

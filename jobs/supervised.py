@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
 from jobs.dataset import ROW_KINDS, Prepared
-from jobs.engine import start_engine
+from jobs.engine import partitioned_loading, start_engine
 from jobs.frozen_base import FrozenBase, load_frozen_base
 from jobs.length_check import GuidedLengths, length_report
 from jobs.model import build_learner, build_model, merged
@@ -58,14 +58,16 @@ class SupervisedTraining:
         self._num_copied = 0
         if isinstance(config.objective, AlignerConfig):
             self._num_copied = round(config.objective.identity_share * self.total_steps)
-        self._learner = build_learner(
-            config.started,
-            prepared.tokenizer,
-            head=self._objective.head,
-            dtype=config.train.dtype,
-        )
+        with partitioned_loading(config.train, on_cpu=on_cpu):
+            self._learner = build_learner(
+                config.started,
+                prepared.tokenizer,
+                head=self._objective.head,
+                dtype=config.train.dtype,
+            )
         trained = (one for one in self._learner.parameters() if one.requires_grad)
-        self._num_trained = sum(one.numel() for one in trained)
+        # Partitioned ones have no elements here.
+        self._num_trained = sum(getattr(one, "ds_numel", one.numel()) for one in trained)
         self.engine = start_engine(
             self._learner,
             config.train,

@@ -166,7 +166,8 @@ def test_a_killed_driver_goes_on_with_other_workers_in_the_same_tracked_run(
     settings = (*TINY, *SHORT, "train.deepspeed=1", "scaling.num_workers=2")
     script = "import sys; from tests.cluster.killing import train_stuck; train_stuck(sys.argv[1:])"
     command = [sys.executable, "-c", script, str(CONFIGS / "base.yaml")]
-    command += [f"root={own}", f"output={own / 'run'}", *settings]
+    uri = f"sqlite:///{root}/mlflow.db"
+    command += [f"root={own}", f"output={own / 'run'}", f"tracking.uri={uri}", *settings]
     env = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'platform'}"}
     own.mkdir()
     with (own / "log").open("wb") as log:
@@ -176,10 +177,10 @@ def test_a_killed_driver_goes_on_with_other_workers_in_the_same_tracked_run(
     driver.wait()
     [run_folder] = (own / "train").iterdir()
     run_id = json.loads((run_folder / "run.json").read_text())["run_id"]
-    client = MlflowClient(tracking_uri=f"sqlite:///{own}/mlflow.db")
+    client = MlflowClient(tracking_uri=uri)
     assert client.get_run(run_id).info.status == "RUNNING"
 
-    resumed = run_base(own, "run", "train.deepspeed=1")
+    resumed = run_base(own, "run", "train.deepspeed=1", f"tracking.uri={uri}")
     assert resumed.curve() == pytest.approx(one_worker.curve(), rel=1e-5)
     assert resumed.curve("eval/loss") == pytest.approx(one_worker.curve("eval/loss"), rel=1e-5)
     assert resumed.record["run_id"] == run_id
@@ -187,7 +188,8 @@ def test_a_killed_driver_goes_on_with_other_workers_in_the_same_tracked_run(
     assert run.info.status == "FINISHED"
     logged = {point.step for point in client.get_metric_history(run_id, "train/loss")}
     assert logged == set(range(1, STEPS + 1))
-    assert len(client.search_runs([run.info.experiment_id])) == 1
+    same = f"tags.config_hash = '{resumed.record['config_hash']}'"
+    assert len(client.search_runs([run.info.experiment_id], same)) == 1
 
 
 def test_workers_that_join_take_their_share_of_a_run(root: Path, one_worker: Run) -> None:

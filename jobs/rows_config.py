@@ -44,7 +44,8 @@ class AnswerConfig(DecodingJobConfig, RowsConfig):
 
     @property
     def setting(self) -> Setting:
-        return Setting(name="answers", guides=self.weights, **self.sampling.model_dump())
+        name = ":".join(["base", *self.weights])
+        return Setting(name=name, guides=self.weights, **self.sampling.model_dump())
 
 
 class KitchenAnswers(Config):

@@ -62,7 +62,7 @@ STAGES: Mapping[str, Stage] = {
         "jobs.export",
         (
             *("--soup", "{root}/kitchen/dpo_helpful=0.5", "{root}/kitchen/dpo_harmless=0.5"),
-            *("--base", "{root}/kitchen/base", "{root}/kitchen/soup"),
+            "{root}/kitchen/soup",
         ),
         needs=("dpo_helpful", "dpo_harmless"),
     ),

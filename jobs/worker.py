@@ -48,7 +48,7 @@ def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
 def _set_log_levels() -> None:
     # Ray Train logs every report at INFO, under a file name instead of a logger's name.
     logging.getLogger().setLevel(logging.WARNING)
-    for name in ("jobs", "pilotfish"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for name, level in (("jobs", logging.INFO), ("pilotfish", logging.INFO), ("mlflow", "WARNING")):
+        logging.getLogger(name).setLevel(level)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # a new head is no news

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from jobs.command import run_command
-from jobs.config import identity
 from jobs.decoder import Decoder, Part
 from jobs.pool import Chunk, chunks_of, run_chunks
 from jobs.prompts import prompts_of
-from jobs.rows import PAIRS_NAME, Recipe, Row, content_hash, make_rows, show, write_rows
+from jobs.resolve import content_hash, identity
+from jobs.rows import PAIRS_NAME, Recipe, Row, make_rows, show, write_rows
 from jobs.rows_config import AnswerConfig, resolved_answer, reward_identity
 from pilotfish.data.preferences import as_turn, best_of_each, preference_rows
 from pilotfish.data.records import PromptText

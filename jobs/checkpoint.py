@@ -1,23 +1,26 @@
-"""Checkpoints of a training run: what resuming needs, and the finished model."""
+"""Checkpoints of a training run: what resuming needs, whatever is trained.
+
+A checkpoint is a folder that all workers wrote into: DeepSpeed's files hold the trained weights,
+the optimizer and the schedule, and never what is frozen; beside them lie the position of the run
+and the random state of each worker. Nothing here knows Ray.
+"""
 
 import logging
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jobs.universal import to_universal
 from pilotfish.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
+_POSITION_NAME = "position.pt"
 
 
 @dataclass(slots=True)
@@ -28,60 +31,56 @@ class Position:
     history: list[dict[str, float]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     """What the trainee keeps beside its engine; the same on every worker."""
+    num_workers: int = 0
+    """How many wrote this checkpoint."""
 
 
-class Checkpointer:
-    """Writes one worker's part of a checkpoint, and reads it back.
+def save(engine: Any, folder: Path, position: Position) -> None:
+    """Write this worker's part of a checkpoint; the names of the parts' files do not collide."""
+    rank = dist.get_rank()
+    engine.save_checkpoint(str(folder), tag=f"step_{position.step}", exclude_frozen_parameters=True)
+    torch.save(_random_state(), _random_state_path(folder, rank))
+    if rank == 0:
+        position.num_workers = dist.get_world_size()
+        torch.save(position, folder / _POSITION_NAME)
 
-    Ray Train merges the workers' folders into one; the names of their files do not collide.
+
+def resume(engine: Any, folder: Path) -> Position:
+    """Restore weights, optimizer, schedule and random state of a checkpoint that all workers see.
+
+    ZeRO's shards fit the number of workers that wrote them; for another number the first worker
+    converts them. Then the data and the optimizer go on exactly, and random numbers as
+    `_restore_random_state` says. Raises `CheckpointError`.
     """
+    position = read_position(folder)
+    if position.num_workers != dist.get_world_size() and engine.zero_optimization():
+        logger.info("%d workers wrote the checkpoint; converting it", position.num_workers)
+        source = to_universal(folder, tag=f"step_{position.step}")
+        # DeepSpeed asks its config when it loads, and an engine must exist by then.
+        engine._config.load_universal_checkpoint = True
+    else:
+        source = folder
+    # What is frozen is not in there.
+    path, _ = engine.load_checkpoint(str(source), load_module_strict=False)
+    if path is None:
+        raise CheckpointError(
+            f"{str(folder)!r} holds no DeepSpeed checkpoint. Train with force=true to start from "
+            "the beginning."
+        )
+    _restore_random_state(folder, position.num_workers)
+    logger.info("resuming behind step %d", position.step)
+    return position
 
-    def __init__(self, engine: Any, write_model: Callable[[Path], None]) -> None:
-        """`write_model` writes the finished model into a folder; every worker calls it."""
-        self._engine = engine
-        self._write_model = write_model
-        self._rank = dist.get_rank()
 
-    def resume(self) -> Position | None:
-        """Restore weights, optimizer, schedule and random state; None without a checkpoint."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            # What is frozen is not in there.
-            path, client = self._engine.load_checkpoint(folder, load_module_strict=False)
-            if path is None or client is None:
-                raise CheckpointError(
-                    f"{folder!r} holds no DeepSpeed checkpoint. Train with force=true to start "
-                    "from the beginning."
-                )
-            self._restore_random_state(Path(folder))
-        logger.info("resuming behind step %d", client["step"])
-        return Position(client["step"], client["history"], client["state"])
-
-    @contextmanager
-    def write(self, position: Position, *, export: bool) -> Iterator[str]:
-        """Give a folder that holds this worker's part; with `export`, the finished model too."""
-        with tempfile.TemporaryDirectory(prefix="pilotfish-checkpoint-") as folder:
-            self._engine.save_checkpoint(
-                folder,
-                tag=f"step_{position.step}",
-                client_state=asdict(position),
-                exclude_frozen_parameters=True,
-            )
-            torch.save(_random_state(), self._random_state_path(Path(folder)))
-            if export:
-                self._write_model(Path(folder) / MODEL_FOLDER)
-            yield folder
-
-    def _random_state_path(self, folder: Path) -> Path:
-        return folder / f"random_state_{self._rank:05d}.pt"
-
-    def _restore_random_state(self, folder: Path) -> None:
-        state = torch.load(self._random_state_path(folder), weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+def read_position(folder: Path) -> Position:
+    """Return how far a checkpoint's run had come. Raises `CheckpointError`."""
+    path = folder / _POSITION_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {_POSITION_NAME}, so it is not a checkpoint. Give a folder "
+            "named checkpoint_... of a run, under train/ of the job's root."
+        )
+    return torch.load(path, weights_only=False)
 
 
 def gathered_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -114,3 +113,22 @@ def _random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _random_state_path(folder: Path, rank: int) -> Path:
+    return folder / f"random_state_{rank:05d}.pt"
+
+
+def _restore_random_state(folder: Path, num_saved: int) -> None:
+    """Go on with this worker's random numbers.
+
+    At another number of workers, those that were there before keep theirs, and each new one is
+    seeded from the numbers of one that was: worker r from those of r modulo the number before.
+    """
+    rank = dist.get_rank()
+    state = torch.load(_random_state_path(folder, rank % num_saved), weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if rank >= num_saved:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
+    elif "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

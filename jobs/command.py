@@ -12,6 +12,7 @@ from typing import TypeVar
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
+from jobs.progress import hide_bars
 from pilotfish import config as configs
 from pilotfish.config import Config
 from pilotfish.errors import ConfigError, PilotfishError
@@ -35,10 +36,13 @@ def run_command(
     parser.add_argument("config", help=f"YAML file, such as jobs/configs/kitchen/{job}.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted overrides: seed=3 prompts.num=100")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
-    args = parser.parse_args(argv)
+    parser.add_argument("--quiet", action="store_true", help="show warnings and the result alone")
+    args = parser.parse_intermixed_args(argv)
+    if args.quiet:
+        hide_bars()
     logging.basicConfig(format="%(levelname)s %(message)s")
     for name in ("jobs", "pilotfish"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
         config = configs.load(config_type, args.config, args.overrides)
         if args.dry_run:

@@ -115,13 +115,36 @@ DataConfig = Annotated[
 class Scaling(Config):
     """The worker group, in Ray Train's words."""
 
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Or `[min, max]`: the group has as many workers as the cluster has room for, and starts again
+    from the last checkpoint when that changes. A node that is lost counts as a failure."""
+    resize_every: PositiveFloat = 60.0
+    """Seconds between looks for room, where `num_workers` is a range."""
+    workers_per_node: PositiveInt | None = None
+    """For what must fit a node, such as a tensor group. Default: all are on one."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] | None = None
     threads: PositiveInt = 1
     """CPU threads per worker."""
     max_failures: int = 0
     """How often to restart the workers from the last checkpoint when one dies; -1: always."""
+
+    @property
+    def sizes(self) -> range:
+        """The numbers of workers that the group may have."""
+        if isinstance(self.num_workers, int):
+            return range(self.num_workers, self.num_workers + 1)
+        return range(self.num_workers[0], self.num_workers[1] + 1)
+
+    @property
+    def max_workers(self) -> int:
+        return self.sizes[-1]
+
+    @validates(mode="after")
+    def _check_range(self) -> Self:
+        if not self.sizes:
+            raise ValueError(f"num_workers is {self.num_workers}, wanted [min, max]")
+        return self
 
 
 class TrackingConfig(Config):
@@ -138,6 +161,13 @@ class TrackingConfig(Config):
     """Moved to the version that this run registers."""
     parent: str | None = None
     """Id of a run that this one is shown under."""
+
+
+class TrainTracking(TrackingConfig):
+    """What is recorded of a training."""
+
+    system_metrics_every: NonNegativeInt = 10
+    """Seconds between looks at the load of the workers' machines; 0: none."""
 
 
 class JobConfig(Config):
@@ -159,7 +189,7 @@ class JobConfig(Config):
     data: DataConfig
     train: TrainConfig
     scaling: Scaling = Scaling()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrainTracking = TrainTracking()
     force: bool = False
     """Train again although `output` exists."""
 
@@ -199,7 +229,7 @@ class JobConfig(Config):
     @property
     def num_cpus(self) -> int:
         """Threads of the workers, and of the actors that roll out for them."""
-        num_workers, threads = self.scaling.num_workers, self.scaling.threads
+        num_workers, threads = self.scaling.max_workers, self.scaling.threads
         if self.rollout is not None:
             threads += self.rollout.actors_per_worker(num_workers) * self.rollout.threads
         return num_workers * threads
@@ -227,15 +257,16 @@ class JobConfig(Config):
     @validates(mode="after")
     def _check_deepspeed(self) -> Self:
         # Steps that follow from the number of rows are not known yet; nothing else depends on them.
-        launch = deepspeed_config.Launch(
-            total_steps=self.train.steps or 1,
-            num_workers=self.scaling.num_workers,
-            on_cpu=not self.scaling.use_gpu,
-        )
         train = self.train
         if self.learns_from_reward:  # passes are over completions, of which there are more
             train = train.model_copy(update={"micro_batch_size": None})
-        deepspeed_config.resolve(train, launch)
+        for num_workers in self.scaling.sizes:
+            launch = deepspeed_config.Launch(
+                total_steps=self.train.steps or 1,
+                num_workers=num_workers,
+                on_cpu=not self.scaling.use_gpu,
+            )
+            deepspeed_config.resolve(train, launch)
         return self
 
     @validates(mode="after")
@@ -259,12 +290,12 @@ class JobConfig(Config):
                 "objective.length_check cannot decode with adapters. Leave it or "
                 "model.lora out, and compare lengths in an evaluation"
             )
-        if self.rollout is not None and self.rollout.where == "actors" and self.base is not None:
-            if self.base.sharding != "none":
-                raise ValueError(
-                    f"base.sharding: {self.base.sharding}, but rollout.where is actors, each of "
-                    "which holds a whole base. Set where: workers, or sharding: none"
-                )
+        by_actors = self.rollout is not None and self.rollout.where == "actors"
+        if by_actors and self.frozen_base.sharding != "none":
+            raise ValueError(
+                f"base.sharding: {self.frozen_base.sharding}, but rollout.where is actors, each of "
+                "which holds a whole base. Set where: workers, or sharding: none"
+            )
         if self.rollout is not None and self.train.steps is None:
             raise ValueError(
                 "train.epochs: learning from reward counts iterations; set train.steps"
@@ -282,7 +313,7 @@ class JobConfig(Config):
     def _check_sac(self) -> Self:
         if not isinstance(getattr(self.objective, "algorithm", None), SACConfig):
             return self
-        if self.scaling.num_workers > 1:
+        if self.scaling.max_workers > 1:
             raise ValueError(
                 "scaling.num_workers: SAC has one learner and its replay; set 1, and "
                 "rollout.where: actors to decode on more"

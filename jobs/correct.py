@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from jobs.command import run_command
-from jobs.config import identity
 from jobs.corrector import Corrector, aligner_settings
 from jobs.pool import Chunk, chunks_of, run_chunks
-from jobs.rows import PAIRS_NAME, Recipe, Row, content_hash, make_rows, show, write_rows
+from jobs.resolve import content_hash, identity
+from jobs.rows import PAIRS_NAME, Recipe, Row, make_rows, show, write_rows
 from jobs.rows_config import CorrectConfig, KitchenAnswers, resolved_correct, reward_identity
 from pilotfish import world
-from pilotfish.data.formats import Columns, to_demonstration
-from pilotfish.data.loading import load_demonstrations
+from pilotfish.data.formats import Columns, to_answered
+from pilotfish.data.loading import load_records
 from pilotfish.data.preferences import preference_rows
 from pilotfish.data.records import Demonstration
 from pilotfish.evaluation.metrics import estimate, share
@@ -76,8 +76,8 @@ def _answers(config: CorrectConfig) -> list[Demonstration]:
     source = config.answers
     if isinstance(source, KitchenAnswers):
         rows = world.corpus(source.num, source.seed)
-        return [to_demonstration(row, Columns()) for row in rows]
-    return load_demonstrations(source, part=source.part).records
+        return [to_answered(row, Columns()) for row in rows]
+    return load_records(source, to_answered, part=source.part).records
 
 
 def _finish(num_answers: int, folder: Path, rows: list[Row]) -> dict[str, float]:

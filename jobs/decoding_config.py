@@ -6,13 +6,14 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
 from jobs.config import rows_kind
-from jobs.output import OutputConfig, absolute, with_output
+from jobs.output import OutputConfig, with_output
+from jobs.paths import absolute, judged_by, located
 from jobs.pool import ActorsConfig
 from pilotfish.config import Config
 from pilotfish.data.loading import Part
 from pilotfish.data.sources import DataSource
 from pilotfish.errors import ConfigError
-from pilotfish.evaluation.rewards import ModelRewardConfig, RewardConfig
+from pilotfish.evaluation.rewards import RewardConfig
 from pilotfish.evaluation.settings import Setting
 
 
@@ -66,11 +67,10 @@ class DecodingJobConfig(OutputConfig):
 
 
 J = TypeVar("J", bound=DecodingJobConfig)
-S = TypeVar("S", bound=Config)
 
 
 def with_paths(config: J) -> J:
-    """Return the config with absolute paths everywhere: actors run in other folders."""
+    """Return the config with absolute paths everywhere. Raises `ConfigError`."""
     return with_output(config).model_copy(
         update={
             "base": absolute(config.base),
@@ -79,21 +79,6 @@ def with_paths(config: J) -> J:
             "reward": judged_by(config.reward),
         }
     )
-
-
-def located(rows: S) -> S:
-    """Return a section about rows with absolute paths."""
-    if not isinstance(rows, DataSource):
-        return rows
-    paths = (rows.path,) if isinstance(rows.path, str) else rows.path
-    return rows.model_copy(update={"path": tuple(absolute(path) for path in paths)})
-
-
-def judged_by(reward: RewardConfig) -> RewardConfig:
-    """Return the judge with an absolute path."""
-    if isinstance(reward, ModelRewardConfig):
-        return reward.model_copy(update={"path": absolute(reward.path)})
-    return reward
 
 
 def check_guide_names(settings: Sequence[Setting], guides: Mapping[str, str]) -> None:

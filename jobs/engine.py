@@ -1,6 +1,8 @@
 """DeepSpeed engines, started alike for everything that is trained."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +22,27 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
         # The shared-memory collective is compiled on first use; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def partitioned_loading(train: TrainConfig, *, on_cpu: bool) -> Iterator[None]:
+    """Let weights that are loaded in here be partitioned at once, where ZeRO-3 will train them.
+
+    Else each worker would hold all of them first. A collective.
+    """
+    launch = Launch(total_steps=1, num_workers=dist.get_world_size(), on_cpu=on_cpu)
+    tree = resolve(train, launch)
+    if tree.get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    import_deepspeed(on_cpu=on_cpu)
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    partitioning = HfDeepSpeedConfig(tree)
+    try:
+        yield
+    finally:
+        del partitioning  # transformers looks whether it lives
 
 
 def start_engine(

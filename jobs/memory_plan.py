@@ -42,6 +42,8 @@ class PlannedJob:
     """The guide's architecture if it is an LM, else how many parameters are trained."""
     num_workers: int
     workers_per_node: int
+    adapters: int | None = None
+    """How many parameters adapters have, where they alone learn."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """Of the guide."""
     offload_optimizer: bool = False
@@ -107,7 +109,10 @@ def _plan(job: PlannedJob, base: ParameterCount, guide: int) -> MemoryPlan:
     shards = {"none": 1, "tensor": tensor_size, "zero3": job.num_workers}[job.base.sharding]
     share = -(-whole // shards)
     on_gpu = job.base.offload == "none"
-    weights, gradients, state = (one * guide for one in _TRAINED_BYTES[job.dtype])
+    trained = guide if job.adapters is None else job.adapters
+    per_weight, per_gradient, per_state = _TRAINED_BYTES[job.dtype]
+    weights = per_weight * (guide if job.adapters is None else guide + job.adapters)
+    gradients, state = per_gradient * trained, per_state * trained
     sharded = [job.zero_stage >= stage for stage in (3, 2, 1)]
     weights_here, gradients_here, state_here = (
         -(-one // job.num_workers) if split else one
@@ -120,7 +125,8 @@ def _plan(job: PlannedJob, base: ParameterCount, guide: int) -> MemoryPlan:
     if job.base.offload == "cpu":
         host["base weights"] = share * job.workers_per_node
     gpu |= {"guide weights": weights_here, "guide gradients": gradients_here}
-    host["guide, as it is built"] = weights * job.workers_per_node
+    # At stage 3 the first worker reads everything and hands it out.
+    host["guide, as it is built"] = weights * (1 if sharded[0] else job.workers_per_node)
     if job.offload_optimizer:
         host["guide optimizer"] = state_here * job.workers_per_node
     else:

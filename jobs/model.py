@@ -37,27 +37,28 @@ def build_learner(
 def merged(
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
-    adapters: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
     *,
     head: Head,
     dtype: str,
 ) -> PreTrainedModel:
-    """Return the whole model: what it started from, plus `alpha / rank * B A` of each adapter.
+    """Return the whole model: what it started from, with what was trained in place.
 
-    `adapters` are the trained tensors by name, a head that was trained whole among them.
+    `trained` are tensors by name: whole weights, and adapters, of which `alpha / rank * B A` is
+    added.
     """
-    assert config.lora is not None, "the caller has adapters"
     model = build_model(config.init, tokenizer, head=head, dtype=dtype)
     weights = model.state_dict()
-    scale = config.lora.alpha / config.lora.rank
     with torch.no_grad():
-        for name, down_RI in adapters.items():
+        for name, tensor in trained.items():
             if ".lora_A." in name:
-                up_OR = adapters[name.replace(".lora_A.", ".lora_B.")]
+                assert config.lora is not None, "adapters come from its settings"
+                scale = config.lora.alpha / config.lora.rank
+                up_OR = trained[name.replace(".lora_A.", ".lora_B.")]
                 weight = weights[name.split(".lora_A.")[0] + ".weight"]
-                weight += (scale * (up_OR.float() @ down_RI.float())).to(weight)
+                weight += (scale * (up_OR.float() @ tensor.float())).to(weight)
             elif ".lora_B." not in name:
-                weights[name].copy_(adapters[name])
+                weights[name].copy_(tensor)
     return model
 
 

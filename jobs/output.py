@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TypeVar
 
-from jobs.cluster import check_root
 from jobs.config import TrackingConfig
+from jobs.paths import output_paths
 from pilotfish.config import Config
 from pilotfish.errors import ConfigError
 
@@ -24,20 +24,7 @@ C = TypeVar("C", bound=OutputConfig)
 
 def with_output(config: C) -> C:
     """Return the config with absolute paths of root and output. Raises `ConfigError`."""
-    root = check_root(config.root)
-    output = Path(config.output).expanduser()
-    if not output.is_absolute() and not output.resolve().is_relative_to(root):
-        raise ConfigError(
-            f"output is {config.output!r}, which is outside root {str(root)!r}. Write it as "
-            "${root}/name, or give an absolute path."
-        )
-    return config.model_copy(update={"root": str(root), "output": str(output.resolve())})
-
-
-def absolute(path: str) -> str:
-    """Return the path of what exists as an absolute one; anything else is a hub id."""
-    found = Path(path).expanduser()
-    return str(found.resolve()) if found.exists() else path
+    return config.model_copy(update=output_paths(config.root, config.output))
 
 
 def is_current(output: Path, made_from: str | None, wanted: str) -> bool:

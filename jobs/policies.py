@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
-from jobs.model import build_model
+from jobs.engine import partitioned_loading
+from jobs.model import build_model, merged
 from jobs.rollouts import Sampler
 from pilotfish.chat import stop_ids
 from pilotfish.decode.engine import Engine
@@ -113,9 +114,7 @@ class ProxyLearning:
         """Write the accept head. The critic has done its work, and the base is not ours."""
         weights = self.weights()
         if dist.get_rank() == 0:
-            folder.mkdir(parents=True)
-            save_accept_head(folder, weights)
-            tokenizer.save_pretrained(folder)
+            _write_proxy(folder, weights, tokenizer)
 
 
 class ProxySampler:
@@ -150,12 +149,14 @@ class LMLearning:
         self, config: JobConfig, objective: PolicyConfig, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         init, dtype = config.started.init, config.train.dtype
-        actor = build_model(init, tokenizer, head="lm", dtype=dtype)
-        critic = build_model(objective.critic or init, tokenizer, head="score", dtype=dtype)
+        with partitioned_loading(config.train, on_cpu=not config.scaling.use_gpu):
+            actor = build_model(init, tokenizer, head="lm", dtype=dtype)
+            critic = build_model(objective.critic or init, tokenizer, head="score", dtype=dtype)
         self.module: LMPolicy = LMPolicy(actor, critic)
         self.algorithm = objective.algorithm
-        num_trained = sum(weight.numel() for weight in self.module.parameters())
-        self.facts = {"trainable_parameters": float(num_trained)}
+        # Partitioned ones have no elements here.
+        sizes = [getattr(one, "ds_numel", one.numel()) for one in self.module.parameters()]
+        self.facts = {"trainable_parameters": float(sum(sizes))}
 
     def evaluate(self, engine: Any, episodes: Sequence[Episode]) -> Evaluation:
         return engine(**lm_policy.collate(episodes, device=engine.device))
@@ -200,3 +201,27 @@ class LMSampler:
         engine = actor_engine(self._actor, num_slots=num_slots, **self._ends)
         episodes = collect_episodes(engine, asks, params)
         return with_reference(episodes, self._lm.model, batch_size=num_slots)
+
+
+def write_trained(
+    folder: Path,
+    config: JobConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Mapping[str, Tensor],
+) -> None:
+    """Write the actor, from trained tensors by name in `PolicyLearning.module`."""
+    prefix = "actor."
+    actor = {n.removeprefix(prefix): one for n, one in trained.items() if n.startswith(prefix)}
+    if isinstance(config.objective, ProxyConfig):
+        _write_proxy(folder, actor, tokenizer)
+        return
+    model = merged(config.started, tokenizer, actor, head="lm", dtype=config.train.dtype)
+    save_model(folder, model, tokenizer, state=model.state_dict())
+
+
+def _write_proxy(
+    folder: Path, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_accept_head(folder, weights)
+    tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from jobs import cluster
+from jobs.progress import are_hidden
 from pilotfish.config import Config
 from pilotfish.errors import PilotfishError
 from pilotfish.models.loading import Dtype
@@ -134,4 +135,11 @@ def settle_in(actors: ActorsConfig) -> None:
 
 def _bar(title: str, total: int) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_PER_LINE
-    return tqdm(desc=title, total=total, unit="answer", mininterval=interval, dynamic_ncols=True)
+    return tqdm(
+        desc=title,
+        total=total,
+        unit="answer",
+        mininterval=interval,
+        dynamic_ncols=True,
+        disable=are_hidden(),
+    )

@@ -18,6 +18,18 @@ _POLL_SECONDS = 0.5
 # Where every refresh is a new line (a log file, `ray job submit`), few lines are enough.
 _SECONDS_PER_LINE = 15.0
 
+_shown = True
+
+
+def hide_bars() -> None:
+    """Show no bars in this process."""
+    global _shown
+    _shown = False
+
+
+def are_hidden() -> bool:
+    return not _shown
+
 
 class ProgressBoard:
     """The latest step of a run, kept by one small actor."""
@@ -53,7 +65,9 @@ def _show(board: Any, label: str, stop: threading.Event) -> None:
     interval = _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
     # Not `dynamic_ncols`: a pseudo-terminal of unknown width would be a bar of no width.
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
-    with tqdm(desc=label, unit="step", mininterval=interval, ncols=width) as bar:
+    with tqdm(
+        desc=label, unit="step", mininterval=interval, ncols=width, disable=are_hidden()
+    ) as bar:
         bar.set_postfix_str("starting workers")
         while not stop.wait(_POLL_SECONDS):
             _refresh(bar, board)

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import check_root
-from jobs.config import JobConfig, RowsData
-from pilotfish.errors import ConfigError
-from pilotfish.evaluation.rewards import ModelRewardConfig, RewardConfig
+from jobs.config import JobConfig
+from jobs.paths import absolute, judged_by, located, output_paths
 from pilotfish.train import deepspeed_config
 from pilotfish.train.export import read_record
 from pilotfish.train.reward_learning import PolicyConfig
@@ -19,45 +18,33 @@ def resolved(config: JobConfig) -> JobConfig:
 
     Workers run in other folders, and a record must not depend on a file that changes.
     """
-    root = check_root(config.root)
-    output = Path(config.output).expanduser()
-    if not output.is_absolute() and not output.resolve().is_relative_to(root):
-        raise ConfigError(
-            f"output is {config.output!r}, which is outside root {str(root)!r}. Write it as "
-            "${root}/name, or give an absolute path."
-        )
     model = config.model
     if model is not None:
-        paths = {name: _absolute(getattr(model, name)) for name in ("init", "tokenizer", "base")}
+        paths = {name: absolute(getattr(model, name)) for name in ("init", "tokenizer", "base")}
         model = model.model_copy(update=paths)
     base = config.base
     if base is not None:
-        base = base.model_copy(update={"path": _absolute(base.path)})
-    data = config.data
-    if isinstance(data, RowsData):
-        paths = (data.path,) if isinstance(data.path, str) else data.path
-        data = data.model_copy(update={"path": tuple(_absolute(path) for path in paths)})
+        base = base.model_copy(update={"path": absolute(base.path)})
     objective = config.objective
     if isinstance(objective, PolicyConfig) and objective.critic is not None:
-        objective = objective.model_copy(update={"critic": _absolute(objective.critic)})
+        objective = objective.model_copy(update={"critic": absolute(objective.critic)})
     rollout = config.rollout
     if rollout is not None:
         rewards = tuple(
-            term.model_copy(update={"judge": _located(term.judge)}) for term in rollout.rewards
+            term.model_copy(update={"judge": judged_by(term.judge)}) for term in rollout.rewards
         )
-        monitor = rollout.monitor and _located(rollout.monitor)
+        monitor = rollout.monitor and judged_by(rollout.monitor)
         rollout = rollout.model_copy(update={"rewards": rewards, "monitor": monitor})
     train = config.train.model_copy(
         update={"deepspeed": deepspeed_config.read(config.train.deepspeed)}
     )
     return config.model_copy(
         update={
-            "root": str(root),
-            "output": str(output.resolve()),
+            **output_paths(config.root, config.output),
             "model": model,
             "objective": objective,
             "base": base,
-            "data": data,
+            "data": located(config.data),
             "rollout": rollout,
             "train": train,
         }
@@ -76,12 +63,17 @@ def config_hash(config: JobConfig) -> str:
         exclude={"rollout": {"where", "num_actors", "gpus_per_actor", "threads"}},
     )
     if config.model is not None:
-        content["init"] = _identity(config.model.init)
+        content["init"] = identity(config.model.init)
         content["model"]["init"] = content["model"]["base"] = None
     if config.needs_base:
-        content["frozen_base"] = [_identity(config.frozen_base.path), config.frozen_base.dtype]
+        content["frozen_base"] = [identity(config.frozen_base.path), config.frozen_base.dtype]
     for section in ("objective", "rollout"):
         content[section] = _identified(content[section])
+    return content_hash(content)
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Return a short hash of anything that JSON holds."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -90,24 +82,13 @@ def _identified(node: Any) -> Any:
     """Return a tree with the hashes of the folders that it names."""
     if isinstance(node, dict):
         return {key: _identified(value) for key, value in node.items()}
-    return [_identified(value) for value in node] if isinstance(node, list) else _identity(node)
+    return [_identified(value) for value in node] if isinstance(node, list) else identity(node)
 
 
-def _identity(init: Any) -> Any:
+def identity(init: Any) -> Any:
+    """Return what a hash should know of a model: of a folder that we trained, its own hash."""
     if isinstance(init, str) and Path(init).is_dir():
         record = read_record(init)
         if record is not None and "config_hash" in record:
             return record["config_hash"]
     return init
-
-
-def _located(judge: RewardConfig) -> RewardConfig:
-    if isinstance(judge, ModelRewardConfig):
-        return judge.model_copy(update={"path": _absolute(judge.path)})
-    return judge
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, str) and Path(value).expanduser().exists():
-        return str(Path(value).expanduser().resolve())
-    return value

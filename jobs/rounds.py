@@ -7,6 +7,7 @@ A = Model_{i-1}(x) on prompts that no round has seen:
 
     A* = Aligner(x, A)      D_i = {(x, A* over A)}      Model_i = training of Model_{i-1} on D_i
 
+by DPO with Model_{i-1} as its reference, or by PPO with a reward model that D_i has taught.
 A gold reward that nothing was trained on watches every model. What the rounds make lies under
 `root/rounds`, and a driver that died goes on where it was.
 
@@ -34,6 +35,7 @@ from jobs.rounds_config import (
     correct_job,
     monitor_job,
     resolved,
+    reward_job,
     rounds_hash,
     training_job,
 )
@@ -148,7 +150,7 @@ def _connect(config: RoundsConfig) -> None:
     if isinstance(config.pairs, AlignerPairs):
         actors.append(config.pairs.actors)
     cluster.connect(
-        num_cpus=max(scaling.num_workers * scaling.threads, *(one.num_cpus for one in actors)),
+        num_cpus=max(scaling.max_workers * scaling.threads, *(one.num_cpus for one in actors)),
         gpus=scaling.use_gpu or any(one.gpus_per_actor > 0 for one in actors),
     )
 
@@ -166,6 +168,8 @@ def _rounds(config: RoundsConfig, work: Path, run: TrackedRun | None) -> list[Ro
                 logger.warning("round %d: no answer is changed any more; stopping", number)
                 break
             parent = None if nested is None else nested.run_id
+            if config.reward_training is not None:
+                train(reward_job(config, folder, rounds[-1].model, parent=parent))
             model = str(train(training_job(config, folder, rounds[-1].model, parent=parent)))
             metrics = {**pairs, **_monitor(config, folder, model)}
             rounds.append(Round(number=number, model=model, metrics=metrics))

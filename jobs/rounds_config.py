@@ -6,18 +6,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic import model_validator as validates
 
-from jobs.config import JobConfig, TrackingConfig, identity
-from jobs.decoding_config import DecodingConfig, PromptsConfig, judged_by, located
-from jobs.output import OutputConfig, absolute, with_output
+from jobs.config import JobConfig, TrackingConfig
+from jobs.decoding_config import DecodingConfig, PromptsConfig
+from jobs.output import OutputConfig, with_output
+from jobs.paths import absolute, judged_by, located
 from jobs.pool import ActorsConfig
-from jobs.rows import PAIRS_NAME, ROWS_NAME, content_hash
+from jobs.resolve import content_hash, identity
+from jobs.rows import PAIRS_NAME, ROWS_NAME
 from jobs.rows_config import AnswerConfig, CorrectConfig, RowAnswers, reward_identity
 from pilotfish import config as configs
 from pilotfish.config import Config
 from pilotfish.evaluation.rewards import NoRewardConfig, RewardConfig
 from pilotfish.evaluation.settings import Sampling
-from pilotfish.train.objectives import OBJECTIVES
 
+REWARD_FOLDER = "reward_model"
 _NOT_TRACKED = TrackingConfig(enabled=False)
 
 
@@ -68,6 +70,9 @@ class RoundsConfig(OutputConfig):
     training: dict[str, Any]
     """A config of `jobs.train` (objective, train, scaling, ...) without what each round fills in:
     root, output, tracking, `model.init` and `data.path`. `data.holdout` is a tenth by default."""
+    reward_training: dict[str, Any] | None = None
+    """The same for the reward model of a round, taught by the pairs of the round and started from
+    its model: what `training` learns from where that is PPO, as its `rollout.rewards`."""
     monitor: MonitorConfig
     force: bool = False
     """Start over, although there are finished rounds or an output."""
@@ -91,16 +96,28 @@ class RoundsConfig(OutputConfig):
 
     @validates(mode="after")
     def _check_training(self) -> Self:
-        filled = ("root", "output", "tracking", "force", "model.init", "data.path")
-        given = [name for name in filled if _has(self.training, name)]
-        if given:
-            raise ValueError(f"training.{given[0]} is what a round fills in. Leave it out")
-        kind = training_job(self, Path("round"), self.base, parent=None).objective.kind
-        if OBJECTIVES[kind].guide_kind is not None:
+        filled = ["root", "output", "tracking", "force", "model.init", "data.path"]
+        if self.reward_training is not None:
+            filled.append("rollout.rewards")
+        for section, template in (
+            ("training", self.training),
+            ("reward_training", self.reward_training or {}),
+        ):
+            if given := [name for name in filled if _has(template, name)]:
+                raise ValueError(f"{section}.{given[0]} is what a round fills in. Leave it out")
+        job = training_job(self, Path("round"), self.base, parent=None)
+        if job.guide_kind is not None:
             raise ValueError(
-                f"training.objective.kind is {kind!r}, which trains a guide, but a round trains "
-                "the model that answers in the next one: dpo, or sft on the chosen answers"
+                f"training.objective.kind is {job.objective.kind!r}, which trains a guide, but a "
+                "round trains the model that answers in the next one: dpo, ppo or sft"
             )
+        if job.learns_from_reward != (self.reward_training is not None):
+            raise ValueError(
+                "reward_training is for a training that learns from reward, and such a training "
+                f"learns from the pairs through it alone; training is {job.objective.kind!r}"
+            )
+        if self.reward_training is not None:
+            reward_job(self, Path("round"), self.base, parent=None)
         return self
 
 
@@ -128,10 +145,12 @@ def resolved(config: RoundsConfig) -> RoundsConfig:
 def rounds_hash(config: RoundsConfig) -> str:
     """Return a hash of what decides the rounds, for a resolved config; not of how many there are.
 
-    What trained models are is told by their own hashes, as in `jobs.config.config_hash`.
+    What trained models are is told by their own hashes, as in `jobs.resolve.config_hash`.
     """
-    content = config.model_dump(mode="json", include={"seed", "prompts", "sampling", "training"})
-    content["training"].pop("scaling", None)
+    included = {"seed", "prompts", "sampling", "training", "reward_training"}
+    content = config.model_dump(mode="json", include=included)
+    for template in (content["training"], content["reward_training"] or {}):
+        template.pop("scaling", None)
     content["base"] = identity(config.base)
     content["decoding"] = config.decoding.decisive()
     content["monitor"] = [
@@ -186,21 +205,37 @@ def training_job(
     config: RoundsConfig, folder: Path, model: str, *, parent: str | None
 ) -> JobConfig:
     """Return the job that trains the model of a round; its run is shown under `parent`."""
+    tree = _filled(config, config.training, folder, model, parent=parent)
+    if config.reward_training is not None:
+        judge = {"kind": "model", "path": str(folder / REWARD_FOLDER)}
+        tree["rollout"] = {**tree.get("rollout", {}), "rewards": [{"judge": judge}]}
+    return configs.parse(JobConfig, {**tree, "output": str(folder / "model")}, source="training")
+
+
+def reward_job(config: RoundsConfig, folder: Path, model: str, *, parent: str | None) -> JobConfig:
+    """Return the job that trains the reward model of a round."""
+    assert config.reward_training is not None, "the caller has seen it"
+    tree = _filled(config, config.reward_training, folder, model, parent=parent)
+    tree["output"] = str(folder / REWARD_FOLDER)
+    return configs.parse(JobConfig, tree, source="reward_training")
+
+
+def _filled(
+    config: RoundsConfig, template: dict[str, Any], folder: Path, model: str, *, parent: str | None
+) -> dict[str, Any]:
     made = "answers" if isinstance(config.pairs, SelfPairs) else "corrections"
     tracking = config.tracking.model_copy(update={"register_as": None, "parent": parent})
-    tree = {
-        **config.training,
+    return {
+        **template,
         "root": config.root,
-        "output": str(folder / "model"),
-        "model": {**config.training.get("model", {}), "init": model},
+        "model": {**template.get("model", {}), "init": model},
         "data": {
             "holdout": 0.1,
-            **config.training.get("data", {}),
+            **template.get("data", {}),
             "path": str(folder / made / PAIRS_NAME),
         },
         "tracking": tracking.model_dump(),
     }
-    return configs.parse(JobConfig, tree, source="training")
 
 
 def monitor_job(config: RoundsConfig, folder: Path, model: str) -> AnswerConfig:

@@ -5,12 +5,11 @@ pairs.jsonl    where the rows prefer one answer to another: `prompt`, `chosen`, 
 record.yaml    the settings with their hash, and numbers about the rows
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -84,12 +83,6 @@ def make_rows(config: RowsConfig, recipe: Recipe) -> Path:
     shutil.rmtree(parts)
     logger.info("wrote %s", output)
     return output
-
-
-def content_hash(content: Mapping[str, Any]) -> str:
-    """Return a short hash of anything that JSON holds."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def metrics_of(folder: Path) -> dict[str, float]:

@@ -5,16 +5,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 from pydantic import model_validator as validates
 
-from jobs.config import identity, rows_kind
-from jobs.decoding_config import (
-    DecodingJobConfig,
-    check_guide_names,
-    judged_by,
-    located,
-    with_paths,
-)
-from jobs.output import OutputConfig, absolute, with_output
+from jobs.config import rows_kind
+from jobs.decoding_config import DecodingJobConfig, check_guide_names, with_paths
+from jobs.output import OutputConfig, with_output
+from jobs.paths import absolute, judged_by, located
 from jobs.pool import ActorsConfig
+from jobs.resolve import identity
 from pilotfish.config import Config
 from pilotfish.data.loading import Part
 from pilotfish.data.sources import DataSource
@@ -48,7 +44,8 @@ class AnswerConfig(DecodingJobConfig, RowsConfig):
 
     @property
     def setting(self) -> Setting:
-        return Setting(name="answers", guides=self.weights, **self.sampling.model_dump())
+        name = ":".join(["base", *self.weights])
+        return Setting(name=name, guides=self.weights, **self.sampling.model_dump())
 
 
 class KitchenAnswers(Config):

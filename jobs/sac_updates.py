@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jobs.config import JobConfig
 from jobs.policies import ProxyLearning
@@ -65,3 +66,11 @@ class _Engine:
         # The replay holds numpy arrays, which torch does not take for plain weights.
         self._learner.load_state_dict(torch.load(path, weights_only=False))
         return str(path), {}
+
+
+def saved_actor(folder: Path) -> dict[str, Tensor] | None:
+    """Return the actor in the folder of a checkpoint's tag; None if SAC did not write it."""
+    path = folder / _NAME
+    if not path.is_file():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=False)["actor"]

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, Protocol
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from torch import Tensor
 
-from jobs.checkpoint import Checkpointer, Position
+from jobs.checkpoint import MODEL_FOLDER, Position, resume, save
 from pilotfish.train.config import TrainConfig
 from pilotfish.train.metrics import Tally, add, wilson_interval
 
@@ -50,8 +52,7 @@ class Trainee(Protocol):
 
 def run_steps(trainee: Trainee, train: TrainConfig, progress: Any) -> list[dict[str, float]]:
     """Take the steps that are left; return all reports. `progress` is the board's handle."""
-    checkpointer = Checkpointer(trainee.engine, trainee.write)
-    position = checkpointer.resume() or Position()
+    position = _position(trainee)
     trainee.restore(position.state)
     total, rank = trainee.total_steps, dist.get_rank()
     tallies: dict[str, Tally] = {}
@@ -72,12 +73,14 @@ def run_steps(trainee: Trainee, train: TrainConfig, progress: Any) -> list[dict[
         position.step = done
         if done < total:
             position.state = trainee.state()
-            save = _is_multiple(done, train.checkpoint_every)
-            _report(checkpointer, report, position, save=save)
+            if _is_multiple(done, train.checkpoint_every):
+                _report_checkpoint(trainee, report, position)
+            else:
+                ray.train.report(report, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         tallies, started, since = {}, time.monotonic(), done
     position.state = trainee.state()
     # Also when nothing was left to do: the driver takes the model from the last report.
-    _report(checkpointer, position.history[-1], position, save=True, export=True)
+    _report_checkpoint(trainee, position.history[-1], position, is_last=True)
     return position.history
 
 
@@ -127,19 +130,36 @@ def _is_multiple(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _report(
-    checkpointer: Checkpointer,
-    report: dict[str, float],
-    position: Position,
-    *,
-    save: bool,
-    export: bool = False,
+def _position(trainee: Trainee) -> Position:
+    """Restore the last checkpoint of the run, if there is one; return where to go on."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Position()
+    with checkpoint.as_directory() as folder:
+        return resume(trainee.engine, Path(folder))
+
+
+def _report_checkpoint(
+    trainee: Trainee, report: dict[str, float], position: Position, *, is_last: bool = False
 ) -> None:
-    if not save:
-        ray.train.report(report)
-        return
-    with checkpointer.write(position, export=export) as folder:
-        ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    """Save, and go on while the files are uploaded; of the last checkpoint, when they are.
+
+    The last one holds the finished model too. Ray Train merges the workers' folders into one, and
+    removes them here when they are uploaded.
+    """
+    # All reports are uploaded in their order, by a thread. One checkpoint at a time: a slow upload
+    # must not fill this machine's disk.
+    ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+    folder = Path(tempfile.mkdtemp(prefix="pilotfish-checkpoint-"))
+    save(trainee.engine, folder, position)
+    if is_last:
+        trainee.write(folder / MODEL_FOLDER)
+    ray.train.report(
+        report,
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC if is_last else CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
 
 
 def _note(tallies: Mapping[str, Tally], seconds: float) -> str:

@@ -3,17 +3,19 @@
 Shapes: B rows, T positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jobs.checkpoint import gathered_state
 from jobs.config import JobConfig
 from jobs.dataset import ROW_KINDS, Prepared
-from jobs.engine import start_engine
+from jobs.engine import partitioned_loading, start_engine
 from jobs.frozen_base import FrozenBase, load_frozen_base
 from jobs.length_check import GuidedLengths, length_report
 from jobs.model import build_learner, build_model, merged
@@ -56,12 +58,16 @@ class SupervisedTraining:
         self._num_copied = 0
         if isinstance(config.objective, AlignerConfig):
             self._num_copied = round(config.objective.identity_share * self.total_steps)
-        self._learner = build_learner(
-            config.started,
-            prepared.tokenizer,
-            head=self._objective.head,
-            dtype=config.train.dtype,
-        )
+        with partitioned_loading(config.train, on_cpu=on_cpu):
+            self._learner = build_learner(
+                config.started,
+                prepared.tokenizer,
+                head=self._objective.head,
+                dtype=config.train.dtype,
+            )
+        trained = (one for one in self._learner.parameters() if one.requires_grad)
+        # Partitioned ones have no elements here.
+        self._num_trained = sum(getattr(one, "ds_numel", one.numel()) for one in trained)
         self.engine = start_engine(
             self._learner,
             config.train,
@@ -110,6 +116,7 @@ class SupervisedTraining:
         num_alike = dist.get_world_size() // self._size  # workers that saw the same rows
         summed = reduced(self.engine, tallies)
         report = means("eval", {name: one / num_alike for name, one in summed.items()})
+        report["trainable_parameters"] = float(self._num_trained)
         if self._lengths is not None:
             weights = gathered_state(self._learner.model, keep=True)
             rows: Sequence[Any] = self._prepared.heldout
@@ -119,20 +126,12 @@ class SupervisedTraining:
 
     def write(self, folder: Path) -> None:
         """Write the whole model, adapters merged."""
-        state = gathered_state(self._learner.model, keep=dist.get_rank() == 0)
-        if dist.get_rank():
-            return
-        model, tokenizer = self._learner.model, self._prepared.tokenizer
-        if self._config.started.lora is not None:
-            model = merged(
-                self._config.started,
-                tokenizer,
-                state,
-                head=self._objective.head,
-                dtype=self._config.train.dtype,
-            )
-            state = model.state_dict()
-        save_model(folder, model, tokenizer, state=state)
+        is_first = dist.get_rank() == 0
+        state = gathered_state(self._learner, keep=is_first)
+        if is_first:
+            # Adapters take a model without them; otherwise the one at hand will do.
+            model = self._learner.model if self._config.started.lora is None else None
+            write_trained(folder, self._config, self._prepared.tokenizer, state, model=model)
 
     def state(self) -> dict[str, Any]:
         """Return the position in the rows."""
@@ -168,3 +167,23 @@ class SupervisedTraining:
         assert collate is not None, "rows that are learned from"
         # Padding is masked everywhere, so any id will do.
         return [collate(rows[at : at + size], 0) for at in range(0, len(rows), size)]
+
+
+def write_trained(
+    folder: Path,
+    config: JobConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Mapping[str, Tensor],
+    *,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Write the whole model that was trained, from trained tensors by name in the learner.
+
+    Of `model`, if it is given, the architecture alone is read, and `trained` is all of its weights.
+    """
+    trained = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
+    if model is None:
+        head = OBJECTIVES[config.objective.kind].head
+        model = merged(config.started, tokenizer, trained, head=head, dtype=config.train.dtype)
+        trained = model.state_dict()
+    save_model(folder, model, tokenizer, state=trained)

@@ -101,28 +101,44 @@ def tracked_run(
     name: str,
     settings: Mapping[str, Any],
     tags: Mapping[str, str],
+    continued: str | None = None,
 ) -> Iterator[TrackedRun | None]:
     """Open a run with its resolved settings; it ends FINISHED, or FAILED if the block raises.
 
-    Gives None where tracking is off.
+    Gives None where tracking is off. `continued` is the id of a run that was cut short and now goes
+    on, if it is still there.
     """
     if not config.enabled:
         yield None
         return
     uri = tracking_uri(config, root)
     client = MlflowClient(tracking_uri=uri)
-    experiment_id = _experiment(client, config, root)
-    nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
-    all_tags = {**git_state(), **nested, **tags}
-    info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
-    run = TrackedRun(uri, info.run_id)
+    if continued is not None and _reopen(client, continued):
+        run = TrackedRun(uri, continued)
+    else:
+        experiment_id = _experiment(client, config, root)
+        nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
+        all_tags = {**git_state(), **nested, **tags}
+        info = client.create_run(experiment_id, run_name=name, tags=all_tags).info
+        run = TrackedRun(uri, info.run_id)
+        _log_settings(run, settings)
     status = "FAILED"
     try:
-        _log_settings(run, settings)
         yield run
         status = "FINISHED"
     finally:
         client.set_terminated(run.run_id, status)
+
+
+def _reopen(client: MlflowClient, run_id: str) -> bool:
+    """Say whether a run was found; it is running again."""
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
 
 
 def tracking_uri(config: TrackingConfig, root: str | Path) -> str:

@@ -1,8 +1,9 @@
 """Train a base model or a guide on Ray Train with DeepSpeed.
 
-    python -m jobs.train CONFIG [key=value ...] [--dry-run]
+    python -m jobs.train CONFIG [key=value ...] [--dry-run] [--quiet]
 
-Exit codes: 0 done, 1 the job failed, 2 the config cannot be honoured.
+Run it again after it was killed, and it goes on from its last checkpoint, with any number of
+workers. Exit codes: 0 done, 1 the job failed, 2 the config cannot be honoured.
 """
 
 import argparse
@@ -27,21 +28,20 @@ from ray.train import (
     TrainingFailedError,
 )
 from ray.train.torch import TorchTrainer
-from transformers import AutoTokenizer
 
 from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
 from jobs.config import JobConfig
-from jobs.dataset import prepare
-from jobs.progress import progress_bar
+from jobs.dry_run import check_base, memory_plan
+from jobs.progress import hide_bars, progress_bar
+from jobs.records import describe, training_record
 from jobs.resolve import config_hash, resolved
+from jobs.run_folder import RunInfo, prepare_in, read_run_info, write_run_info
 from jobs.worker import WorkerSettings, train_loop
 from pilotfish import config as configs
 from pilotfish.data.tokenized import LengthReport
 from pilotfish.errors import CheckpointError, ConfigError, PilotfishError
-from pilotfish.guides.card import GuideCard, write_card
-from pilotfish.models.vocab import fingerprint
-from pilotfish.train.export import read_record, whole_folder, write_record
+from pilotfish.train.export import read_record, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +62,28 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
         return output
     if config.model is not None:
         _check_init(config.model.init)
-    # Ray Train resumes from what lies here. ZeRO checkpoints fit one number of workers only.
-    run_name = f"{_slug(config)}-{digest}-{config.scaling.num_workers}w"
-    run_folder = Path(config.root) / "train" / run_name
+    check_base(config)
+    # Ray Train resumes from what lies here.
+    run_folder = Path(config.root) / "train" / f"{_slug(config)}-{digest}"
     if config.force:
         shutil.rmtree(run_folder, ignore_errors=True)
     cluster.connect(num_cpus=config.num_cpus, gpus=config.scaling.use_gpu)
     with ExitStack() as stack:
-        run = _open_run(config, digest, stack)
+        run = _open_run(config, digest, run_folder, stack)
+        info = RunInfo(
+            config_hash=digest,
+            run_id=None if run is None else run.run_id,
+            tracking_uri=None if run is None else run.uri,
+        )
+        write_run_info(run_folder, info, config)
         history, model = _fit(config, run_folder, run, loop)
-        record = _record(config, digest, history, run)
+        record = training_record(config, info, history)
+        # A job that is killed in here does all of it again.
         with whole_folder(output) as folder:
             shutil.copytree(model, folder, dirs_exist_ok=True)
-            _describe(folder, config, record)
-        if run is not None:
-            _publish(run, config, history, record)
+            describe(folder, config, record)
+            if run is not None:
+                _publish(run, config, folder, record)
     # The checkpoints were for resuming this run, and it is over.
     shutil.rmtree(run_folder, ignore_errors=True)
     logger.info("wrote %s", output)
@@ -115,9 +122,11 @@ def _slug(config: JobConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def _open_run(config: JobConfig, digest: str, stack: ExitStack) -> tracking.TrackedRun | None:
-    if not config.tracking.enabled:
-        return None
+def _open_run(
+    config: JobConfig, digest: str, run_folder: Path, stack: ExitStack
+) -> tracking.TrackedRun | None:
+    before = read_run_info(run_folder)
+    uri = tracking.tracking_uri(config.tracking, config.root)
     return stack.enter_context(
         tracking.tracked_run(
             config.tracking,
@@ -125,20 +134,30 @@ def _open_run(config: JobConfig, digest: str, stack: ExitStack) -> tracking.Trac
             name=_slug(config),
             settings=config.model_dump(mode="json"),
             tags={"config_hash": digest, "job": "train", "objective": config.objective.kind},
+            continued=before.run_id if before is not None and before.tracking_uri == uri else None,
         )
     )
 
 
 def _fit(
-    config: JobConfig, run_folder: Path, run: tracking.TrackedRun | None, loop: WorkerLoop
+    config: JobConfig,
+    run_folder: Path,
+    run: tracking.TrackedRun | None,
+    loop: WorkerLoop,
 ) -> tuple[list[dict[str, float]], Path]:
     """Run the workers; return their reports and the folder with the finished model."""
-    prepared, lengths = _prepare(config)
+    prepared, lengths = _prepare(config, run_folder)
     logger.info("training rows: %s", lengths)
     if run is not None:
         run.log_metrics(lengths.metrics())
     with progress_bar(_slug(config)) as board:
-        job = WorkerSettings(config=config, prepared=prepared, progress=board)
+        job = WorkerSettings(
+            config=config,
+            prepared=prepared,
+            progress=board,
+            run_id=None if run is None else run.run_id,
+            tracking_uri=None if run is None else run.uri,
+        )
         trainer = TorchTrainer(
             loop,
             train_loop_config={"job": job},
@@ -146,12 +165,13 @@ def _fit(
                 num_workers=config.scaling.num_workers,
                 use_gpu=config.scaling.use_gpu,
                 resources_per_worker=config.scaling.resources_per_worker,
+                elastic_resize_monitor_interval_s=config.scaling.resize_every,
             ),
             run_config=RunConfig(
                 name=run_folder.name,
                 storage_path=str(run_folder.parent),
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                checkpoint_config=CheckpointConfig(num_to_keep=config.train.num_to_keep),
                 callbacks=[] if run is None else [tracking.MetricsWriter(run)],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
@@ -162,13 +182,13 @@ def _fit(
     return result.return_value, Path(result.checkpoint.path) / MODEL_FOLDER
 
 
-def _prepare(config: JobConfig) -> tuple[Any, LengthReport]:
+def _prepare(config: JobConfig, run_folder: Path) -> tuple[Any, LengthReport]:
     """Prepare the data in a task; return a reference to them, and what was cut.
 
     What is wrong with the data or the tokenizer is raised here, before workers start.
     """
-    task: Any = ray.remote(num_cpus=1, num_returns=2)(prepare)
-    prepared, report = task.remote(config)
+    task: Any = ray.remote(num_cpus=1, num_returns=2)(prepare_in)
+    prepared, report = task.remote(run_folder, config)
     try:
         return prepared, ray.get(report)
     except RayTaskError as error:
@@ -179,49 +199,14 @@ def _prepare(config: JobConfig) -> tuple[Any, LengthReport]:
         raise
 
 
-def _record(
-    config: JobConfig,
-    digest: str,
-    history: Sequence[dict[str, float]],
-    run: tracking.TrackedRun | None,
-) -> dict[str, Any]:
-    return {
-        "config_hash": digest,
-        "config": config.model_dump(mode="json"),
-        "run_id": None if run is None else run.run_id,
-        "tracking_uri": None if run is None else run.uri,
-        "metrics": history[-1],
-        "history": list(history),
-        **tracking.git_state(),
-    }
-
-
-def _describe(folder: Path, config: JobConfig, record: dict[str, Any]) -> None:
-    """Write the training record, and for a guide its card."""
-    write_record(folder, record)
-    kind = config.guide_kind
-    if kind is None:
-        return
-    keys = ("config_hash", "run_id", "git_commit", "metrics")
-    card = GuideCard(
-        kind=kind,
-        base=config.base_name,
-        vocab=fingerprint(AutoTokenizer.from_pretrained(folder)),
-        dtype=config.train.dtype,
-        training={key: record[key] for key in keys},
-        **config.card_fields(record["metrics"]),
-    )
-    write_card(folder, card)
-
-
 def _publish(
     run: tracking.TrackedRun,
     config: JobConfig,
-    history: Sequence[dict[str, float]],
+    folder: Path,
     record: dict[str, Any],
 ) -> None:
-    """Log the curves, and register the model if the config names it."""
-    run.log_figure(tracking.loss_figure(history, _slug(config)), "loss.png")
+    """Log the curves, and register the model in the folder if the config names it."""
+    run.log_figure(tracking.loss_figure(record["history"], _slug(config)), "loss.png")
     if config.tracking.register_as is not None:
         tags = {
             "kind": config.guide_kind or "base",
@@ -229,7 +214,7 @@ def _publish(
             "config_hash": record["config_hash"],
             "git_commit": record["git_commit"],
         }
-        run.register(config.output, config=config.tracking, tags=tags)
+        run.register(folder, config=config.tracking, tags=tags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,15 +222,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.train", description="Train a model.")
     parser.add_argument("config", help="YAML file, such as jobs/configs/kitchen/genarm.yaml")
     parser.add_argument("overrides", nargs="*", help="dotted overrides: train.learning_rate=5e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config, and plan memory"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU, for --dry-run"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show warnings and errors alone")
+    args = parser.parse_intermixed_args(argv)
+    if args.quiet:
+        hide_bars()
     logging.basicConfig(format="%(levelname)s %(message)s")
     for name in (__name__, "jobs", "pilotfish"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
         config = configs.load(JobConfig, args.config, args.overrides)
         if args.dry_run:
-            sys.stdout.write(configs.dump(resolved(config)))
+            config = resolved(config)
+            sys.stdout.write(configs.dump(config))
+            if (memory := memory_plan(config, gpu_memory_gib=args.gpu_memory)) is not None:
+                logger.info("memory by arithmetic, nothing was loaded:\n%s", memory.table())
             return 0
         train(config)
     except ConfigError as error:

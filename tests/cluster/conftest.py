@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -62,9 +62,28 @@ def _start_head(folder: str, ports: Mapping[str, int]) -> "subprocess.Popen[byte
         *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"),
         *("--node-ip-address=127.0.0.1", "--num-cpus=3", "--object-store-memory=200000000"),
         *("--disable-usage-stats", "--include-dashboard=true", f"--temp-dir={folder}"),
+        '--resources={"seat": 1}',
         *(f"--{name}={port}" for name, port in ports.items()),
     ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@contextmanager
+def extra_node() -> Iterator[None]:
+    """Give the cluster a second node, with one CPU and one seat, while the block runs."""
+    names = [name for name in _PORTS if "agent" in name or "metrics" in name]
+    ports = zip(names, _free_ports(len(names)), strict=True)
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "start", "--block"),
+        *(f"--address={os.environ['RAY_ADDRESS']}", "--node-ip-address=127.0.0.1"),
+        *("--num-cpus=1", '--resources={"seat": 1}', "--object-store-memory=100000000"),
+        *("--disable-usage-stats", *(f"--{name}={port}" for name, port in ports)),
+    ]
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        _stop(node)
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

@@ -1,33 +1,89 @@
-"""Workers that die once, as by the kernel's out-of-memory killer."""
+"""Processes that die or stop in mid-work, as they do on clusters."""
 
 import os
 import signal
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch.distributed as dist
 
+from jobs.config import JobConfig
 from jobs.pool import Chunk
+from jobs.train import train
 from jobs.worker import WorkerSettings, train_loop
+from pilotfish import config as configs
 
-KILLED_AT_STEP = 7
+CUT_STEP = 7
+STARTS, STUCK, KILLED = "starts", "stuck", "killed"
+"""Files under the job's root: a line for each start of the loop, and what happened at the step."""
 
 
 def loop_killed_once(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Run the real loop; worker 1 kills itself before it reports a step, the first time only."""
+    """Run the real loop; worker 1 kills itself before it reports a step, the first time only.
+
+    As by the kernel's out-of-memory killer.
+    """
+
+    def die(root: Path) -> None:
+        if dist.get_rank() == 1 and not (root / KILLED).exists():
+            (root / KILLED).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _loop(settings, die)
+
+
+def loop_stuck_alone(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Run the real loop; a worker without others does not come past a step."""
+
+    def wait(root: Path) -> None:
+        if dist.get_world_size() == 1:
+            _be_stuck(root)
+
+    return _loop(settings, wait)
+
+
+def loop_stuck(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Run the real loop; nobody comes past a step."""
+    return _loop(settings, _be_stuck)
+
+
+def train_stuck(argv: Sequence[str]) -> None:
+    """Train from a config and its overrides until somebody kills this process in mid-run."""
+    train(configs.load(JobConfig, argv[0], argv[1:]), loop=loop_stuck)
+
+
+def _be_stuck(root: Path) -> None:
+    (root / STUCK).touch()
+    time.sleep(600)
+
+
+def _loop(settings: dict[str, Any], at_the_step: Callable[[Path], None]) -> list[dict[str, float]]:
     job: WorkerSettings = settings["job"]
-    marker = Path(job.config.root) / "killed"
+    root = Path(job.config.root)
+    if dist.get_rank() == 0:
+        _note_start(root)
     report = ray.train.report
 
-    def report_or_die(metrics: dict[str, Any], **kwargs: Any) -> None:
-        if metrics["step"] == KILLED_AT_STEP and dist.get_rank() == 1 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    def report_after(metrics: dict[str, Any], **kwargs: Any) -> None:
+        if metrics["step"] == CUT_STEP:
+            # Checkpoints before this step are safe.
+            ray.train.get_all_reported_checkpoints(
+                consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED
+            )
+            at_the_step(root)
         report(metrics, **kwargs)
 
-    ray.train.report = report_or_die
+    ray.train.report = report_after
     return train_loop(settings)
+
+
+def _note_start(root: Path) -> None:
+    with (root / STARTS).open("a") as file:
+        resumes = ray.train.get_checkpoint() is not None
+        file.write(f"{dist.get_world_size()} workers, {'resumed' if resumes else 'new'}\n")
 
 
 class Dying:

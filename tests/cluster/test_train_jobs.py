@@ -1,9 +1,12 @@
 """Training jobs on a real local cluster: few runs, each checked from several sides."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,15 @@ from pilotfish.guides.card import read_card
 from pilotfish.losses import sft_loss
 from pilotfish.models.vocab import fingerprint
 from pilotfish.train.export import read_record
-from tests.cluster.killing import KILLED_AT_STEP, loop_killed_once
+from tests.cluster.conftest import extra_node
+from tests.cluster.killing import (
+    CUT_STEP,
+    KILLED,
+    STARTS,
+    STUCK,
+    loop_killed_once,
+    loop_stuck_alone,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -48,6 +59,7 @@ SHORT = (
     "train.log_every=1",
     "train.eval_every=5",
     "train.checkpoint_every=4",
+    "tracking.system_metrics_every=0",
 )
 TWO_SHARDED_WORKERS = ("scaling.num_workers=2", "train.deepspeed=3", "train.micro_batch_size=2")
 
@@ -81,7 +93,8 @@ def run_base(root: Path, output: str, *overrides: str, loop: Any = None) -> Run:
 
 @pytest.fixture(scope="module")
 def one_worker(root: Path) -> Run:
-    return run_base(root, "one", "tracking.register_as=tiny-base")
+    metrics = "tracking.system_metrics_every=1"
+    return run_base(root, "one", "tracking.register_as=tiny-base", metrics)
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +150,71 @@ def test_weights_trained_in_shards_are_written_whole(one_worker: Run, two_worker
 
 
 def test_a_killed_worker_changes_nothing_in_the_loss_curve(root: Path, two_workers: Run) -> None:
+    own = root / "killed-worker"
     overrides = ("tracking.enabled=false", "scaling.max_failures=1", *TWO_SHARDED_WORKERS)
-    killed = run_base(root, "killed-run", *overrides, loop=loop_killed_once)
-    assert (root / "killed").exists(), f"no worker was killed at step {KILLED_AT_STEP}"
+    killed = run_base(own, "run", *overrides, loop=loop_killed_once)
+    assert (own / KILLED).exists(), f"no worker was killed at step {CUT_STEP}"
+    assert (own / STARTS).read_text() == "2 workers, new\n2 workers, resumed\n"
     for name in ("step", "train/loss", "train/learning_rate", "eval/loss"):
         assert killed.curve(name) == two_workers.curve(name)
+
+
+def test_a_killed_driver_goes_on_with_other_workers_in_the_same_tracked_run(
+    root: Path, one_worker: Run
+) -> None:
+    own = root / "killed-driver"
+    settings = (*TINY, *SHORT, "train.deepspeed=1", "scaling.num_workers=2")
+    script = "import sys; from tests.cluster.killing import train_stuck; train_stuck(sys.argv[1:])"
+    command = [sys.executable, "-c", script, str(CONFIGS / "base.yaml")]
+    uri = f"sqlite:///{root}/mlflow.db"
+    command += [f"root={own}", f"output={own / 'run'}", f"tracking.uri={uri}", *settings]
+    env = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'platform'}"}
+    own.mkdir()
+    with (own / "log").open("wb") as log:
+        driver = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log)
+    wait_for(own / STUCK, driver)
+    driver.kill()
+    driver.wait()
+    [run_folder] = (own / "train").iterdir()
+    run_id = json.loads((run_folder / "run.json").read_text())["run_id"]
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_run(run_id).info.status == "RUNNING"
+
+    resumed = run_base(own, "run", "train.deepspeed=1", f"tracking.uri={uri}")
+    assert resumed.curve() == pytest.approx(one_worker.curve(), rel=1e-5)
+    assert resumed.curve("eval/loss") == pytest.approx(one_worker.curve("eval/loss"), rel=1e-5)
+    assert resumed.record["run_id"] == run_id
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    logged = {point.step for point in client.get_metric_history(run_id, "train/loss")}
+    assert logged == set(range(1, STEPS + 1))
+    same = f"tags.config_hash = '{resumed.record['config_hash']}'"
+    assert len(client.search_runs([run.info.experiment_id], same)) == 1
+
+
+def test_workers_that_join_take_their_share_of_a_run(root: Path, one_worker: Run) -> None:
+    own = root / "elastic"
+    settings = (
+        *("scaling.num_workers=[1,2]", "scaling.resources_per_worker={CPU: 1, seat: 1}"),
+        *("scaling.resize_every=1", "train.deepspeed=1", "tracking.enabled=false"),
+    )
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(run_base, own, "run", *settings, loop=loop_stuck_alone)
+        wait_for(own / STUCK, run)
+        with extra_node():
+            curve = run.result(timeout=150).curve()
+    assert (own / STARTS).read_text() == "1 workers, new\n2 workers, resumed\n"
+    assert curve == pytest.approx(one_worker.curve(), rel=1e-5)
+
+
+def wait_for(path: Path, work: "subprocess.Popen[bytes] | Future[Run]") -> None:
+    """Wait until the work has made a file."""
+    deadline = time.monotonic() + 150
+    while not path.exists():
+        has_ended = work.done() if isinstance(work, Future) else work.poll() is not None
+        assert not has_ended, f"the run ended without {path.name}"
+        assert time.monotonic() < deadline, f"there is no {path.name} after 150 s"
+        time.sleep(0.1)
 
 
 def test_checkpoints_are_removed_when_the_model_is_written(root: Path, one_worker: Run) -> None:
@@ -157,6 +230,7 @@ def test_the_run_is_tracked_from_config_to_curves(one_worker: Run, client: Mlflo
     logged = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.value for point in logged] == pytest.approx(one_worker.curve())
     assert [point.step for point in logged] == list(range(1, STEPS + 1))
+    assert 0 <= run.data.metrics["system/node_0/cpu_utilization_percentage"] <= 100
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"config.yaml", "loss.png", "model"}
 

@@ -64,6 +64,8 @@ def test_a_dry_run_prints_overrides_and_absolute_paths(tmp_path: Path) -> None:
         (["train.deepspeed=7"], "stage from 0 to 3"),
         (["train.deepspeed=infra/no.json"], "not a file"),
         (["scaling.num_workers=3"], "3 workers"),
+        (["scaling.num_workers=[2,4]"], "3 workers"),
+        (["scaling.num_workers=[2,1]"], "wanted [min, max]"),
         (["train.epochs=2"], "exactly one"),
         (["data.sed=3"], "did you mean 'seed'"),
         (["model.tokenizer=null"], "tokenizer must say"),
@@ -153,6 +155,7 @@ def test_the_hash_ignores_where_things_lie_and_how_many_work() -> None:
         "root=/elsewhere",
         "output=/elsewhere/x",
         "scaling.num_workers=2",
+        "scaling.num_workers=[1,2]",
         "tracking.enabled=false",
         "force=true",
     ):

@@ -17,6 +17,7 @@ from jobs.rounds_config import (
     correct_job,
     monitor_job,
     resolved,
+    reward_job,
     rounds_hash,
     training_job,
 )
@@ -77,7 +78,7 @@ def test_a_round_has_the_aligner_of_its_number_or_the_only_one(load: Load) -> No
 
 def test_training_starts_from_the_round_before_which_is_the_reference_too(load: Load) -> None:
     job = training_job(load(), Path("w/round_2"), "w/round_1/model", parent="run")
-    assert job.model.init == job.frozen_base.path == "w/round_1/model"
+    assert job.started.init == job.frozen_base.path == "w/round_1/model"
     assert job.output == "w/round_2/model"
     assert job.data.model_dump()["path"] == "w/round_2/corrections/pairs.jsonl"
     assert job.tracking.parent == "run"
@@ -89,6 +90,34 @@ def test_the_control_pairs_several_answers_of_the_model_itself(load: Load) -> No
     assert (job.num_answers, job.reward.kind) == (4, "model")
     trained = training_job(config, Path("w"), "model", parent=None)
     assert trained.data.model_dump()["path"] == "w/answers/pairs.jsonl"
+
+
+PPO = (
+    "training.objective={kind: ppo}",
+    "training.rollout={max_tokens: 9}",
+    "reward_training={objective: {kind: reward_model}, train: {steps: 2, learning_rate: 1.0e-3}}",
+)
+
+
+def test_ppo_learns_from_a_reward_model_that_the_pairs_of_the_round_taught(load: Load) -> None:
+    config = load(*PPO)
+    reward = reward_job(config, Path("w/round_1"), "start", parent=None)
+    job = training_job(config, Path("w/round_1"), "start", parent=None)
+    assert reward.data == job.data, "pairs to the one, their prompts to the other"
+    assert [getattr(term.judge, "path", None) for term in job.rollouts.rewards] == [reward.output]
+    assert (reward.started.init, job.started.init) == ("start", "start")
+    assert job.rollouts.max_tokens == 9
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [PPO[:2], PPO[2:], (*PPO, "training.rollout.rewards=[]"), (*PPO, "reward_training.output=x")],
+)
+def test_a_reward_model_is_trained_for_ppo_and_for_nothing_else(
+    load: Load, overrides: Sequence[str]
+) -> None:
+    with pytest.raises(ConfigError, match="reward"):
+        load(*overrides)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +243,7 @@ def test_rounds_stop_when_the_gold_reward_falls_and_the_best_model_is_kept(
     script = Script([0.0, 1.0, 0.5, 9.0])
     found = play(script)
     assert [one.reward.mean for one in found] == [0.0, 1.0, 0.5]
-    assert [job.model.init for job in script.trained] == [str(tmp_path / "base"), found[1].model]
+    assert [job.started.init for job in script.trained] == [str(tmp_path / "base"), found[1].model]
     assert (tmp_path / "aligned" / "weights").read_text() == found[1].model
     assert "the gold reward has fallen to 0.50" in caplog.text
     assert "the Aligner improves these answers no more" in caplog.text

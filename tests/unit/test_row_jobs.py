@@ -13,6 +13,7 @@ from jobs.pool import Chunk, chunks_of
 from jobs.rows import ROWS_NAME, Recipe, Row, make_rows, metrics_of
 from jobs.rows_config import AnswerConfig, CorrectConfig, RowsConfig
 from pilotfish import Pilot, SamplingParams, world
+from pilotfish.data.formats import Columns, to_answered
 from pilotfish.data.records import Demonstration
 from pilotfish.errors import ConfigError, DataError
 from pilotfish.evaluation.settings import Setting
@@ -107,6 +108,29 @@ def test_a_folder_that_holds_something_else_is_never_replaced(tmp_path: Path) ->
 def test_fewer_rows_than_a_standard_error_needs_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 items gave 1 rows"):
         make_rows(config(tmp_path), Kitchen().recipe(num=1))
+
+
+ASKED = {"role": "user", "content": "how ?"}
+SAID = {"role": "assistant", "content": "so"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "how ?", "answer": "so"}, (ASKED,)),
+        ({"prompt": "how ?", "answer": "so"}, "how ?"),
+        ({"prompt": [ASKED], "answer": "so", "correction": "x"}, (ASKED,)),
+        ({"prompt": "how ?", "completion": "so", "label": False}, "how ?"),
+        ({"prompt": [ASKED], "completion": [SAID], "seed": 3}, (ASKED,)),
+        ({"messages": [ASKED, SAID]}, (ASKED,)),
+        (
+            {"chosen": "\n\nHuman: how ?\n\nAssistant: so", "rejected": "\n\nHuman: x"},
+            (ASKED,),
+        ),
+    ],
+)
+def test_any_row_with_an_answer_can_be_corrected(row: dict[str, Any], prompt: Any) -> None:
+    assert to_answered(row, Columns()) == Demonstration(prompt, "so")
 
 
 @pytest.fixture(scope="module")

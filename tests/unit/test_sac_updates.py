@@ -85,7 +85,7 @@ def test_the_rate_is_that_of_the_job(rollout: Rollout) -> None:
 
 
 def test_the_share_counts_the_critics_of_sac_and_not_that_of_ppo() -> None:
-    updates, learning = new_updates()
+    _, learning = new_updates()
     head = sum(one.numel() for one in learning.module.actor.parameters())
     critics = 2 * (head + proxy_settings().head.hidden[0])  # they also read the action
     assert learning.facts["trainable_parameters"] == head + critics

@@ -7,6 +7,7 @@
     prompt + completion + reward        an answer and what a judge gave it
     messages                            a whole conversation, of which the last turn is the answer
     question + answer + correction      Aligner's rows; `prompt` may stand for `question`
+    question + answer                   the same before anything corrected them
     prompt + response_0 + response_1    PKU-SafeRLHF, with better_response_id, safer_response_id
     prompt                              for prompts alone
 
@@ -79,6 +80,19 @@ def to_demonstration(
     if columns.completion in row and row.get(columns.label) is False:
         raise DataError(f"{columns.label} says that this completion is not wanted")
     prompt, answer = _read_answer(row, columns, objective)
+    return Demonstration(prompt=prompt, completion=answer)
+
+
+def to_answered(row: Row, columns: Columns, objective: Objective | None = None) -> Demonstration:
+    """Read a prompt and an answer to it, be it worth imitating or not. Raises `DataError`.
+
+    It is in the column `answer`, or where a demonstration has it.
+    """
+    if columns.answer in row:
+        given = _asked(row, columns, objective)
+        prompt, answer = _read_side(given, row[columns.answer], name="answer")
+    else:
+        prompt, answer = _read_answer(row, columns, objective)
     return Demonstration(prompt=prompt, completion=answer)
 
 

@@ -41,6 +41,8 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints to resume from; 0 keeps the last one only."""
+    num_to_keep: PositiveInt = 2
+    """How many checkpoints of a run lie on disk; older ones are deleted."""
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

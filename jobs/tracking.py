@@ -162,13 +162,13 @@ def git_state(folder: Path = REPOSITORY) -> dict[str, str]:
         return {"git_commit": "unknown", "git_dirty": "unknown"}
 
 
-def loss_figure(history: Sequence[Mapping[str, float]], title: str) -> Any:
-    """Return a figure of the training and evaluation curves in a run's reports: of the loss, the
-    accuracy and the reward, as far as there are such."""
+def curves_figure(
+    history: Sequence[Mapping[str, float]], quantities: Sequence[str], title: str
+) -> Any:
+    """Return a figure of the curves of these quantities in a run's reports, where it has them."""
     from matplotlib.figure import Figure
 
-    known = ("loss", "accuracy", "reward")
-    names = [name for name in known if any(f"train/{name}" in report for report in history)]
+    names = [name for name in quantities if any(f"train/{name}" in r for r in history)]
     figure = Figure(figsize=(6.4 * len(names), 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for part, style in (("train", "-"), ("eval", "o-")):

@@ -206,7 +206,11 @@ def _publish(
     record: dict[str, Any],
 ) -> None:
     """Log the curves, and register the model in the folder if the config names it."""
-    run.log_figure(tracking.loss_figure(record["history"], _slug(config)), "loss.png")
+    name, quantities = "loss.png", ("loss", "accuracy")
+    if config.learns_from_reward:
+        name, quantities = "reward.png", ("reward", "true_reward", "bad_share")
+    figure = tracking.curves_figure(record["history"], quantities, _slug(config))
+    run.log_figure(figure, name)
     if config.tracking.register_as is not None:
         tags = {
             "kind": config.guide_kind or "base",

@@ -15,6 +15,7 @@ from jobs.rollouts import Roller, Rollout, Share
 from jobs.standing import Standing, warn_of_collapse
 from pilotfish import world
 from pilotfish.chat import render_prompt
+from pilotfish.data.records import PromptText
 from pilotfish.decode.sequence import FinishReason, SamplingParams
 from pilotfish.errors import ConfigError
 from pilotfish.evaluation.rewards import Judgement
@@ -70,7 +71,7 @@ def new_roller(**settings: Any) -> tuple[Roller, AnswersBySeed]:
 
 
 def share(*places: int, iteration: int = 3) -> Share:
-    prompts = [SCENES[place].messages for place in places]
+    prompts: list[PromptText] = [SCENES[place].messages for place in places]
     return Share(iteration=iteration, places=places, prompts=prompts, num_samples=2)
 
 
@@ -181,7 +182,7 @@ def test_where_a_policy_stands_is_the_mean_over_its_completions() -> None:
     assert report["eval/length"] == np.mean(lengths)
     assert report["eval/kl"] == pytest.approx(0.5 * np.mean(lengths))
     assert report["eval/cut_share"] == np.mean([ask.seed % 2 == 0 for ask in sampler.asks])
-    bad = [judged.bad for judged in rollout.monitored or []]
+    bad = [bool(judged.bad) for judged in rollout.monitored or []]
     assert report["eval/bad_share"] == np.mean(bad)
     unguided = Standing.of(roller.roll(share(0), {}, guided=False)).report("base")
     assert unguided["base/kl"] == 0

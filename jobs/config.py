@@ -34,7 +34,8 @@ class BPEConfig(Config):
 
 # Adam on networks of a few thousand numbers, in one process, without DeepSpeed.
 _READ_BY_SAC = frozenset(
-    ["steps", "batch_size", "learning_rate", "log_every", "eval_every", "checkpoint_every"]
+    ["steps", "batch_size", "learning_rate"]
+    + ["log_every", "eval_every", "checkpoint_every", "num_to_keep"]
 )
 
 
@@ -227,6 +228,14 @@ class JobConfig(Config):
         return self.rollout
 
     @property
+    def num_cpus(self) -> int:
+        """Threads of the workers, and of the actors that roll out for them."""
+        num_workers, threads = self.scaling.max_workers, self.scaling.threads
+        if self.rollout is not None:
+            threads += self.rollout.actors_per_worker(num_workers) * self.rollout.threads
+        return num_workers * threads
+
+    @property
     def guide_kind(self) -> str | None:
         """The key in `pilotfish.guides.GUIDES` of what is trained; None for a base model."""
         if isinstance(self.objective, REWARD_LEARNING):
@@ -249,13 +258,16 @@ class JobConfig(Config):
     @validates(mode="after")
     def _check_deepspeed(self) -> Self:
         # Steps that follow from the number of rows are not known yet; nothing else depends on them.
+        train = self.train
+        if self.learns_from_reward:  # passes are over completions, of which there are more
+            train = train.model_copy(update={"micro_batch_size": None})
         for num_workers in self.scaling.sizes:
             launch = deepspeed_config.Launch(
                 total_steps=self.train.steps or 1,
                 num_workers=num_workers,
                 on_cpu=not self.scaling.use_gpu,
             )
-            deepspeed_config.resolve(self.train, launch)
+            deepspeed_config.resolve(train, launch)
         return self
 
     @validates(mode="after")
@@ -307,7 +319,15 @@ class JobConfig(Config):
                 "scaling.num_workers: SAC has one learner and its replay; set 1, and "
                 "rollout.where: actors to decode on more"
             )
-        ignored = sorted(self.train.model_fields_set - _READ_BY_SAC)
+        given = {
+            **self.train.model_dump(),
+            "deepspeed": deepspeed_config.read(self.train.deepspeed),
+        }
+        default = {name: field.default for name, field in TrainConfig.model_fields.items()}
+        default["deepspeed"] = deepspeed_config.default_config(0)
+        # By value: a config that was printed and is read again states its defaults.
+        differs = {name for name, value in given.items() if value != default[name]}
+        ignored = sorted(differs - _READ_BY_SAC)
         if ignored:
             raise ValueError(
                 f"train.{ignored[0]}: SAC has an optimizer of its own, which reads of train only "

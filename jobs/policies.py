@@ -83,19 +83,21 @@ def new_sampler(config: JobConfig, lm: CausalLM, tokenizer: PreTrainedTokenizerB
         config.started.init, tokenizer, head="lm", dtype=config.train.dtype
     ).requires_grad_(False)
     torch.nn.Module.to(actor, lm.device)  # transformers' wrapper hides its signature
-    return LMSampler(actor, lm, end_ids)
+    return LMSampler(actor, lm, tokenizer, end_ids)
 
 
 class ProxyLearning:
     """A proxy and its critic. See `PolicyLearning`."""
 
     def __init__(self, config: ProxyConfig, base: PreTrainedModel) -> None:
-        """Raises `ConfigError` for more parameters than a proxy may have."""
+        """Of the base, shapes are all that is read. Raises `ConfigError` for more parameters than a
+        proxy may have."""
         self.module: ProxyPolicy = new_policy(config.settings, config.learner, base)
         self.settings, self.algorithm = config.settings, config.algorithm
         self._num_base = base.num_parameters()
         self.facts: Mapping[str, float] = {}
-        self.check_share(self.module.num_trainable)
+        if isinstance(self.algorithm, PPOConfig):  # SAC has other critics
+            self.check_share(self.module.num_trainable)
 
     def check_share(self, num_trained: int) -> None:
         """Raise `ConfigError` for more parameters than a proxy may have, its critics counted."""
@@ -175,9 +177,16 @@ class LMSampler:
     A copy, since the actor's own weights may be partitioned, or on another machine.
     """
 
-    def __init__(self, actor: PreTrainedModel, lm: CausalLM, end_ids: frozenset[int]) -> None:
-        self._actor, self._lm, self._end_ids = actor, lm, end_ids
-        self._base = Engine(lm, end_ids=end_ids)
+    def __init__(
+        self,
+        actor: PreTrainedModel,
+        lm: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: frozenset[int],
+    ) -> None:
+        self._actor, self._lm = actor, lm
+        self._ends: dict[str, Any] = {"end_ids": end_ids, "tokenizer": tokenizer}
+        self._base = Engine(lm, **self._ends)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         self._actor.load_state_dict(weights)
@@ -189,7 +198,7 @@ class LMSampler:
             return collect_episodes(self._base, asks, params)
         num_slots = self._lm.num_slots
         # A new engine for new weights: an older one has caches of older ones.
-        engine = actor_engine(self._actor, num_slots=num_slots, end_ids=self._end_ids)
+        engine = actor_engine(self._actor, num_slots=num_slots, **self._ends)
         episodes = collect_episodes(engine, asks, params)
         return with_reference(episodes, self._lm.model, batch_size=num_slots)
 

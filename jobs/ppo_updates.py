@@ -52,26 +52,27 @@ class PPOUpdates:
         )
 
     def learn(self, number: int, rollout: Rollout) -> dict[str, Tally]:
-        """Take the optimizer steps of one rollout."""
-        taught = [place for place, one in enumerate(rollout.episodes) if len(one.positions_N)]
-        episodes = [rollout.episodes[place] for place in taught]
-        if not episodes:
+        """Take the optimizer steps of one rollout. Raises `ConfigError` where no completion of any
+        worker had a choice."""
+        episodes, taken = rollout.episodes, decisions(rollout.episodes)
+        if not self._total(taken.mask_ET.sum()):
             raise ConfigError(
-                "no completion of this worker's rollout had a token with a choice, so there is "
-                "nothing to learn. Raise p_t, or roll out more prompts."
+                "no completion of this rollout had a token with a choice, so there is nothing to "
+                "learn. Widen the candidates (p_t, top_k), or roll out more prompts."
             )
-        rewards_E = torch.tensor([rollout.rewards[place] for place in taught])
         targets, tallies = estimate(
-            decisions(episodes), rewards_E, self._values(episodes), self._ppo, total=self._total
+            taken,
+            torch.tensor(rollout.rewards),
+            self._values(episodes),
+            self._ppo,
+            total=self._total,
         )
-        place_of = {place: at for at, place in enumerate(taught)}
         num_episodes = self._config.train.batch_size * self._config.rollouts.samples_per_prompt
         seed = (self._config.seed, number)
         for numbers in minibatches(num_episodes, self._ppo, seed=seed):
-            own = [place_of[place] for place in self._own(numbers) if place in place_of]
-            taken = self._update(episodes, targets, own)
-            tallies = add(tallies, taken)
-            if too_far(reduced(self.engine, taken)["approx_kl"], self._ppo):
+            update = self._update(episodes, targets, self._own(numbers))
+            tallies = add(tallies, update)
+            if too_far(reduced(self.engine, update)["approx_kl"], self._ppo):
                 break
         return tallies
 
@@ -88,15 +89,14 @@ class PPOUpdates:
         self, episodes: Sequence[Episode], targets: Targets, own: Sequence[int]
     ) -> dict[str, Tally]:
         """Take one optimizer step on some of this worker's episodes."""
-        units = int(targets.mask_ET[list(own)].sum())
-        total = float(self._total(torch.tensor(float(units))))
+        total = float(self._total(targets.mask_ET[list(own)].sum()))
         tallies: dict[str, Tally] = {}
         self.engine.train()
         for rows, is_last in self._passes(own):
             part = targets.select(rows or [0])
             output = ppo_loss(self._evaluation(episodes, rows), part, self._ppo)
             # DeepSpeed averages over workers as if all held the same number of decisions.
-            weight = part.num_units * dist.get_world_size() / total if rows else 0.0
+            weight = part.num_units * dist.get_world_size() / max(total, 1) if rows else 0.0
             self.engine.set_gradient_accumulation_boundary(is_last)
             self.engine.backward(output.loss * weight)
             self.engine.step()
@@ -119,10 +119,11 @@ class PPOUpdates:
     def _passes(self, own: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
         """Yield `train.micro_batch_size` rows at a time, and whether they are the last.
 
-        All workers get as many, since gradients and ZeRO-3's weights are collectives.
+        All workers get as many, and one at least, since gradients and ZeRO-3's weights are
+        collectives.
         """
         size = self._config.train.micro_batch_size or max(len(own), 1)
-        num = torch.tensor(-(-len(own) // size), device=self.engine.device)
+        num = torch.tensor(max(-(-len(own) // size), 1), device=self.engine.device)
         dist.all_reduce(num, op=dist.ReduceOp.MAX)
         for at in range(num := int(num)):
             yield list(own[at * size : (at + 1) * size]), at + 1 == num

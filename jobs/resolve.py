@@ -33,7 +33,8 @@ def resolved(config: JobConfig) -> JobConfig:
         rewards = tuple(
             term.model_copy(update={"judge": judged_by(term.judge)}) for term in rollout.rewards
         )
-        rollout = rollout.model_copy(update={"rewards": rewards})
+        monitor = rollout.monitor and judged_by(rollout.monitor)
+        rollout = rollout.model_copy(update={"rewards": rewards, "monitor": monitor})
     train = config.train.model_copy(
         update={"deepspeed": deepspeed_config.read(config.train.deepspeed)}
     )
@@ -53,20 +54,21 @@ def resolved(config: JobConfig) -> JobConfig:
 def config_hash(config: JobConfig) -> str:
     """Return a hash of what decides the weights, for a resolved config.
 
-    Paths of the root and the output, workers and tracking are left out. A folder that is started
-    from counts by its own hash, so training the base again makes its guides new.
+    Paths of the root and the output, workers, rollout actors and tracking are left out. A folder
+    that is read counts by its own hash, so training the base again makes its guides new.
     """
     content = config.model_dump(
-        mode="json", include={"seed", "model", "objective", "data", "rollout", "train"}
+        mode="json",
+        include={"seed", "model", "objective", "data", "rollout", "train"},
+        exclude={"rollout": {"where", "num_actors", "gpus_per_actor", "threads"}},
     )
     if config.model is not None:
         content["init"] = identity(config.model.init)
         content["model"]["init"] = content["model"]["base"] = None
     if config.needs_base:
-        content["frozen_base"] = identity(config.frozen_base.path)
-    if config.rollout is not None:
-        judges = [term.judge for term in config.rollout.rewards]
-        content["judges"] = [identity(getattr(judge, "path", None)) for judge in judges]
+        content["frozen_base"] = [identity(config.frozen_base.path), config.frozen_base.dtype]
+    for section in ("objective", "rollout"):
+        content[section] = _identified(content[section])
     return content_hash(content)
 
 
@@ -76,7 +78,14 @@ def content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def identity(init: str | dict[str, Any] | None) -> Any:
+def _identified(node: Any) -> Any:
+    """Return a tree with the hashes of the folders that it names."""
+    if isinstance(node, dict):
+        return {key: _identified(value) for key, value in node.items()}
+    return [_identified(value) for value in node] if isinstance(node, list) else identity(node)
+
+
+def identity(init: Any) -> Any:
     """Return what a hash should know of a model: of a folder that we trained, its own hash."""
     if isinstance(init, str) and Path(init).is_dir():
         record = read_record(init)

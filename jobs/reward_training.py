@@ -79,8 +79,9 @@ class RewardTraining:
             "reward_seconds": rollout.reward_seconds,
             "update_seconds": time.perf_counter() - started,
         }
+        stand = Standing.of(rollout).tallies
         return {
-            **Standing.of(rollout).tallies,
+            **{name: one for name, one in stand.items() if one.count and "squared" not in name},
             **learned,
             **{name: Tally(value, 1.0) for name, value in seconds.items()},
         }
@@ -147,23 +148,24 @@ class RewardTraining:
             num_samples=1,
         )
         rollout = self._rollers.begin(share, self._learning.weights(), guided=guided)()
-        return Standing(reduced(self.engine, Standing.of(rollout).tallies))
+        summed = reduced(self.engine, Standing.of(rollout).tallies)
+        num_alike = dist.get_world_size() // self._size  # workers that answered the same prompts
+        return Standing({name: one / num_alike for name, one in summed.items()})
 
 
 def reward_training(config: JobConfig, prepared: Prepared) -> RewardTraining:
     """Load what a worker needs. Tensor peers take the same share of the prompts."""
-    torch.manual_seed(config.seed)
     rank, size = dist.get_rank(), dist.get_world_size()
     if config.rollouts.where == "workers":
         base = load_frozen_base(config.frozen_base, on_cpu=not config.scaling.use_gpu)
         rank, size = base.data_rank, base.data_size
-        shape: PreTrainedModel = base.model
         rollers: Rollers = OwnRoller(config, prepared.tokenizer, base)
     else:
-        shape = _shape_of(config)
-        num_actors = -(-(config.rollouts.num_actors or 1) // size)
+        num_actors = config.rollouts.actors_per_worker(size)
         rollers = RollerActors(config, prepared.tokenizer, num_actors=num_actors)
-    learning = new_learning(config, shape, prepared.tokenizer)
+    # Behind what draws numbers of its own: what starts is the same wherever completions are made.
+    torch.manual_seed(config.seed)
+    learning = new_learning(config, _shape_of(config), prepared.tokenizer)
     if isinstance(learning.algorithm, PPOConfig):
         updates: Updates = PPOUpdates(config, learning, rank=rank, size=size)
     else:
@@ -175,7 +177,8 @@ def reward_training(config: JobConfig, prepared: Prepared) -> RewardTraining:
 
 
 def _shape_of(config: JobConfig) -> PreTrainedModel:
-    """Return the base without weights: actors decode, and learning needs its sizes alone."""
+    """Return the base without weights: learning needs its sizes alone, and the weights may be
+    partitioned, or nowhere in this process."""
     path = config.frozen_base.path
     assert path is not None, "the job names its base"
     with torch.device("meta"):

@@ -90,7 +90,8 @@ class RollerActors:
         self, share: Share, weights: Weights, *, guided: bool = True
     ) -> Callable[[], Rollout]:
         sent = ray.put(dict(weights))
-        parts = [part for part in _split(share, len(self._actors)) if part.places]
+        # A worker may have no held-out prompt.
+        parts = [part for part in _split(share, len(self._actors)) if part.places] or [share]
         futures = [
             actor.roll.remote(part, sent, guided=guided)
             for actor, part in zip(self._actors, parts, strict=False)

@@ -29,7 +29,8 @@ class RolloutConfig(Config):
     """`workers`: each training worker decodes its share, then learns. `actors`: others decode, each
     with a whole base."""
     num_actors: PositiveInt | None = None
-    """For `actors`; default 1."""
+    """For `actors`; default 1. Every training worker has as many as the others, so that there may
+    be a few more."""
     gpus_per_actor: NonNegativeFloat = 0
     threads: PositiveInt = 1
     """CPU threads of an actor."""
@@ -44,13 +45,18 @@ class RolloutConfig(Config):
     num_heldout: PositiveInt = 128
     """Held-out prompts that an evaluation answers, at most."""
 
+    def actors_per_worker(self, num_workers: int) -> int:
+        """Return how many actors each training worker has: all have as many."""
+        return 0 if self.where == "workers" else -(-(self.num_actors or 1) // num_workers)
+
     @model_validator(mode="after")
     def _check_actors(self) -> Self:
         if self.where == "workers":
-            given = {"num_actors", "gpus_per_actor", "threads", "overlap"} & self.model_fields_set
-            if given:
-                raise ValueError(
-                    f"rollout.{min(given)} is given, but the training workers decode. Set "
-                    "where: actors, or leave it out"
-                )
+            # By value: a config that was printed and is read again states its defaults.
+            for name in ("num_actors", "gpus_per_actor", "threads", "overlap"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"rollout.{name} is given, but the training workers decode. Set where: "
+                        "actors, or leave it out"
+                    )
         return self

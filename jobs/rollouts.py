@@ -16,6 +16,7 @@ from jobs.rollout_config import RewardTerm, RolloutConfig
 from pilotfish.chat import render_prompt
 from pilotfish.context import Prompt
 from pilotfish.data.records import PromptText
+from pilotfish.decode.detokenize import TextStream
 from pilotfish.decode.sequence import SamplingParams
 from pilotfish.errors import ConfigError
 from pilotfish.evaluation.rewards import Judgement, Reward, build_reward
@@ -78,18 +79,15 @@ class Roller:
         self._judges = [build_reward(term.judge, device=device) for term in config.rewards]
         self._monitor = None if config.monitor is None else build_reward(config.monitor)
 
-    def roll(
-        self, share: Share, weights: Mapping[str, Tensor] | None, *, guided: bool = True
-    ) -> Rollout:
-        """Answer a share of the prompts, with these weights or those of the last call."""
-        if weights is not None:
-            self._sampler.load(weights)
+    def roll(self, share: Share, weights: Mapping[str, Tensor], *, guided: bool = True) -> Rollout:
+        """Answer a share of the prompts with these weights."""
+        self._sampler.load(weights)
         asks = [
             Ask(self._prompt(prompt), self._seed_of(share.iteration, place, sample))
             for place, prompt in zip(share.places, share.prompts, strict=True)
             for sample in range(share.num_samples)
         ]
-        params = SamplingParams(max_tokens=self._config.max_tokens)
+        params = SamplingParams(max_tokens=self._config.max_tokens, stop=self._config.stop)
         started = time.perf_counter()
         episodes = self._sampler.collect(asks, params, guided=guided)
         decoded = time.perf_counter()
@@ -116,8 +114,12 @@ class Roller:
         return Prompt(token_ids, messages=tuple(prompt))
 
     def _text(self, episode: Episode) -> str:
-        ids = episode.completion_ids.tolist()
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        """Return the text that would be served."""
+        stream = TextStream(self._tokenizer, self._config.stop)
+        for token_id in episode.completion_ids.tolist():
+            stream.push(token_id)
+        stream.flush()
+        return stream.text
 
 
 def weighted_rewards(
@@ -137,7 +139,7 @@ def weighted_rewards(
 def _value(judgement: Judgement, term: RewardTerm) -> float:
     found = judgement.reward if term.part is None else judgement.parts.get(term.part)
     if found is None:
-        what = "a reward" if term.part is None else f"a part {term.part!r}"
+        what = "reward" if term.part is None else f"part {term.part!r}"
         raise ConfigError(
             f"the judge {term.judge.kind!r} gives no {what} (its parts: "
             f"{', '.join(judgement.parts) or 'none'}). Name another part or judge in "

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.train.torch import get_device
 from torch import Tensor
 
 from jobs.config import JobConfig
@@ -21,9 +20,16 @@ class SACUpdates:
     """See `jobs.reward_training.Updates`."""
 
     def __init__(self, config: JobConfig, learning: ProxyLearning, algorithm: SACConfig) -> None:
-        device = get_device()
-        actor = learning.module.actor.to(device)
-        learner = SACLearner(actor, learning.settings, algorithm, seed=config.seed, device=device)
+        # Ray Train has set the worker's device.
+        device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+        learner = SACLearner(
+            learning.module.actor.to(device),
+            learning.settings,
+            algorithm,
+            learning_rate=config.train.learning_rate,
+            seed=config.seed,
+            device=device,
+        )
         learning.check_share(learner.num_trainable)
         self._learner = learner
         self.engine: Any = _Engine(learner, config.train.learning_rate, device)

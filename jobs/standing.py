@@ -19,6 +19,7 @@ class Standing:
     """Means over completions."""
 
     tallies: Mapping[str, Tally]
+    """Squares of rewards are there for their errors. What a monitor does not say counts 0 times."""
 
     @classmethod
     def of(cls, rollout: Rollout) -> "Standing":
@@ -34,8 +35,8 @@ class Standing:
             "kl": _tally(gaps),
         }
         if rollout.monitored is not None:
-            true = [judged.reward or 0.0 for judged in rollout.monitored]
-            bad = [bool(judged.bad) for judged in rollout.monitored]
+            true = [one.reward for one in rollout.monitored if one.reward is not None]
+            bad = [one.bad for one in rollout.monitored if one.bad is not None]
             tallies |= {
                 "true_reward": _tally(true),
                 "squared_true_reward": _tally([reward**2 for reward in true]),
@@ -54,7 +55,7 @@ class Standing:
     def report(self, prefix: str) -> dict[str, float]:
         """Return means, and standard errors of rewards, as metrics."""
         report = {}
-        for name in self.tallies:
+        for name in (name for name, one in self.tallies.items() if one.count):
             if not name.startswith("squared_"):
                 report[f"{prefix}/{name}"] = self.mean(name)
             else:

@@ -113,7 +113,9 @@ class SupervisedTraining:
             [batch] = self._collated(mine or rows[:1], size)
             metrics = self._loss(batch).metrics
             tallies = add(tallies, metrics if mine else dict.fromkeys(metrics, Tally(0.0, 0.0)))
-        report = means("eval", reduced(self.engine, tallies))
+        num_alike = dist.get_world_size() // self._size  # workers that saw the same rows
+        summed = reduced(self.engine, tallies)
+        report = means("eval", {name: one / num_alike for name, one in summed.items()})
         report["trainable_parameters"] = float(self._num_trained)
         if self._lengths is not None:
             weights = gathered_state(self._learner.model, keep=True)

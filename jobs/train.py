@@ -67,9 +67,7 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
     run_folder = Path(config.root) / "train" / f"{_slug(config)}-{digest}"
     if config.force:
         shutil.rmtree(run_folder, ignore_errors=True)
-    cluster.connect(
-        num_cpus=config.scaling.max_workers * config.scaling.threads, gpus=config.scaling.use_gpu
-    )
+    cluster.connect(num_cpus=config.num_cpus, gpus=config.scaling.use_gpu)
     with ExitStack() as stack:
         run = _open_run(config, digest, run_folder, stack)
         info = RunInfo(

@@ -83,7 +83,9 @@ def test_a_proxy_that_learned_by_sac_comes_out_without_its_replay(tmp_path: Path
     learning = new_learning(config, base, world.build_tokenizer())
     assert isinstance(learning, ProxyLearning)
     algorithm = SACConfig(replay_size=10, learning_starts=5, batch_size=5)
-    learner = SACLearner(learning.module.actor, learning.settings, algorithm, seed=0)
+    learner = SACLearner(
+        learning.module.actor, learning.settings, algorithm, learning_rate=1, seed=0
+    )
     checkpoint = checkpoint_of(tmp_path, config, learner.state_dict(), "sac.pt", report={})
     export(checkpoint, tmp_path / "out")
     assert_same(load_file(tmp_path / "out" / ACCEPT_HEAD_NAME), learner.actor.state_dict())

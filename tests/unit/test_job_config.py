@@ -79,6 +79,60 @@ def test_a_config_that_cannot_be_honoured_exits_with_2_and_says_why(
     assert message in caplog.text
 
 
+ACTORS = "rollout.where=actors"
+SAC = "objective.algorithm={kind: sac}"
+NO_ROLLOUT = "rollout=null"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("proxy", ["rollout.num_actors=2"], "rollout.num_actors is given, but the training work"),
+        ("proxy", ["rollout.overlap=true"], "Set where: actors"),
+        ("proxy", [NO_ROLLOUT], "rollout: the objective 'proxy' needs this section"),
+        ("proxy", ["rollout.rewards=[]"], "rollout.rewards"),
+        ("proxy", ["model.init=x"], "model: the objective 'proxy' has no use for this section"),
+        ("proxy", ["base=null"], "learns beside a frozen base, and nothing names one"),
+        ("proxy", [ACTORS, "base.sharding=zero3"], "each of which holds a whole base"),
+        ("proxy", ["train.steps=null", "train.epochs=2"], "set train.steps"),
+        ("proxy", ["train.batch_size=5"], "2 workers"),
+        ("proxy_mara", ["scaling.num_workers=2"], "SAC has one learner"),
+        ("proxy_mara", ["train.betas=[0.9, 0.98]"], "train.betas: SAC has an optimizer of its own"),
+        ("proxy_mara", ["train.deepspeed=2"], "train.deepspeed: SAC"),
+        ("proxy_mara", ["objective.learner.critic.hidden=[8]"], "learner.critic is PPO's"),
+        ("ppo", ["model=null"], "model: the objective 'ppo' needs this section"),
+        ("genarm", ["base.path=x"], "base: the objective 'genarm' has no use for this section"),
+        ("genarm", ["objective.length_check={}", "model.lora={}"], "cannot decode with adapters"),
+    ],
+)
+def test_learning_from_reward_and_beside_a_base_says_what_it_cannot_do(
+    name: str, overrides: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = KITCHEN_BASE.with_name(f"{name}.yaml")
+    assert train.main([str(path), *overrides, "--dry-run"]) == 2
+    assert message in caplog.text
+
+
+def test_passes_of_learning_from_reward_are_over_completions() -> None:
+    """16 prompts of 2 workers with 8 completions each, and 32 completions at a time."""
+    path = KITCHEN_BASE.with_name("proxy.yaml")
+    assert load(path, "train.micro_batch_size=32").train.micro_batch_size == 32
+
+
+def test_actors_need_room_beside_the_workers() -> None:
+    path = KITCHEN_BASE.with_name("proxy.yaml")
+    assert load(path).num_cpus == 2
+    actors = (ACTORS, "rollout.num_actors=3", "rollout.threads=2")
+    assert load(path, *actors).num_cpus == 2 + 4 * 2, "each worker has as many"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_resolved_config_is_a_config(path: Path) -> None:
+    """What a dry run prints, and what a record holds, can be run again."""
+    config = resolved(load(path))
+    assert configs.parse(JobConfig, config.model_dump(mode="json"), source="a record") == config
+
+
 def test_a_relative_root_in_a_submitted_job_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ConfigError, match=r"root=/shared/folder"):
@@ -126,6 +180,27 @@ def test_a_guide_is_trained_anew_when_its_base_was(tmp_path: Path) -> None:
 
     assert digest("aaa") != digest("bbb")
     assert digest("aaa") == digest("aaa")
+
+
+def test_learning_from_reward_depends_on_what_is_in_its_folders_and_not_where_they_lie(
+    tmp_path: Path,
+) -> None:
+    def digest(root: str, *overrides: str, name: str = "ppo", **contents: str) -> str:
+        for folder in ("base", "reward_model"):
+            path = tmp_path / root / "kitchen" / folder
+            path.mkdir(parents=True, exist_ok=True)
+            write_record(path, {"config_hash": contents.get(folder, folder)})
+        path = KITCHEN_BASE.with_name(f"{name}.yaml")
+        return config_hash(resolved(load(path, f"root={tmp_path / root}", *overrides)))
+
+    want = digest("here")
+    assert digest("there") == want
+    assert digest("here", ACTORS, "rollout.num_actors=2") == want, "whoever decodes"
+    assert digest("here", base="other") != want
+    assert digest("here", reward_model="other") != want
+    assert digest("here", ACTORS, "rollout.overlap=true") != want
+    assert digest("here", "rollout.rewards=[{judge: {kind: kitchen}}]") != want
+    assert digest("here", "base.dtype=bfloat16") != want
 
 
 def test_an_output_trained_from_the_same_settings_is_reused(tmp_path: Path) -> None:

@@ -219,13 +219,13 @@ def test_learning_waits_until_enough_is_held() -> None:
 def test_laws_that_hide_the_decisions_are_refused(variant: dict[str, Any]) -> None:
     settings = proxy_settings(**variant)
     with pytest.raises(ConfigError, match="Learn by PPO, or change them"):
-        SACLearner(random_head(3, settings), settings, SACConfig(), seed=0)
+        SACLearner(random_head(3, settings), settings, SACConfig(), learning_rate=1e-3, seed=0)
 
 
 def test_a_replay_that_never_fills_is_refused() -> None:
-    settings = proxy_settings()
+    settings, too_small = proxy_settings(), SACConfig(replay_bytes=2**20)
     with pytest.raises(ConfigError, match=r"never holds the 65,536"):
-        SACLearner(random_head(3, settings), settings, SACConfig(replay_bytes=2**20), seed=0)
+        SACLearner(random_head(3, settings), settings, too_small, learning_rate=1e-3, seed=0)
 
 
 def test_sac_comes_close_to_the_best_that_the_restriction_allows() -> None:

@@ -17,6 +17,10 @@ class Tally:
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(self.total + other.total, self.count + other.count)
 
+    def __truediv__(self, times: float) -> "Tally":
+        """Return the tally of what was counted so many times: the same mean of fewer units."""
+        return Tally(self.total / times, self.count / times)
+
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else math.nan

@@ -3,9 +3,9 @@
 Not rows but prompts are given; the loop decodes, judges and updates.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pilotfish.config import Config
 from pilotfish.guides.proxy_features import ProxySettings
@@ -28,6 +28,15 @@ class ProxyConfig(Config):
     algorithm: Annotated[PPOConfig | SACConfig, Field(discriminator="kind")] = PPOConfig()
 
     guide_kind: ClassVar[str | None] = "proxy"
+
+    @model_validator(mode="after")
+    def _check_critic(self) -> Self:
+        if self.algorithm.kind == "sac" and self.learner.critic != ProxyLearnerConfig().critic:
+            raise ValueError(
+                "learner.critic is PPO's; the critics of SAC are networks like the proxy's. Leave "
+                "it out"
+            )
+        return self
 
     def card_fields(self) -> dict[str, Any]:
         """Return what the guide's card says beside its kind."""

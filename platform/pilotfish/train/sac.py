@@ -29,7 +29,7 @@ from pilotfish.train.replay import Replay, Transitions, judged
 
 
 class SACConfig(Config):
-    """MARA's settings, but for `beta_kl`."""
+    """MARA's settings, but for `beta_kl`; its learning rate is 3e-4."""
 
     kind: Literal["sac"] = "sac"
     batch_size: PositiveInt = 1024
@@ -64,7 +64,7 @@ class SACLearner:
         settings: ProxySettings,
         config: SACConfig,
         *,
-        learning_rate: float = 3e-4,
+        learning_rate: float,
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -34,10 +34,10 @@ class BPEConfig(Config):
 
 # Adam on networks of a few thousand numbers, in one process, without DeepSpeed.
 _READ_BY_SAC = frozenset(
-    (
-        *("steps", "batch_size", "learning_rate", "num_to_keep"),
-        *("log_every", "eval_every", "checkpoint_every"),
-    )
+    [
+        *("steps", "batch_size", "learning_rate"),
+        *("log_every", "eval_every", "checkpoint_every", "num_to_keep"),
+    ]
 )
 
 

@@ -33,6 +33,6 @@ def prompts_of(
     if len(kept) < 2:
         raise DataError(
             f"{config} gives {len(kept)} prompts{note}, wanted at least two. Raise "
-            "prompts.max_tokens, or hold out more rows."
+            "prompts.max_tokens, or give more rows."
         )
     return kept, f"{len(kept)} {config.part} prompts of {config}{note}"

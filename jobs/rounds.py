@@ -74,7 +74,7 @@ def align(config: RoundsConfig) -> list[Round]:
     """
     config = resolved(config)
     output, digest = Path(config.output), rounds_hash(config)
-    work = Path(config.root) / "rounds" / f"{output.name}-{digest}"
+    work = Path(config.root) / "rounds" / digest  # whatever the output: more rounds go on from here
     made_from = f"{digest}-{config.num_rounds}-{config.monitor.patience}"
     if config.force:
         shutil.rmtree(work, ignore_errors=True)

@@ -79,7 +79,6 @@ def make_rows(config: RowsConfig, recipe: Recipe) -> Path:
             (folder / RECORD_NAME).write_text(text, encoding="utf-8")
         if run is not None:
             run.log_metrics(metrics)
-            run.log_folder(output, "rows")
     shutil.rmtree(parts)
     logger.info("wrote %s", output)
     return output

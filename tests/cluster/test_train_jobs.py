@@ -17,8 +17,9 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jobs.config import JobConfig
+from jobs.config import JobConfig, TrackingConfig
 from jobs.dataset import prepare
+from jobs.tracking import tracked_run
 from jobs.train import main, train
 from pilotfish import config as configs
 from pilotfish.data.collate import collate_demonstrations
@@ -233,6 +234,22 @@ def test_the_run_is_tracked_from_config_to_curves(one_worker: Run, client: Mlflo
     assert 0 <= run.data.metrics["system/node_0/cpu_utilization_percentage"] <= 100
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"config.yaml", "loss.png", "model"}
+
+
+def test_a_run_goes_on_if_it_is_still_there(
+    root: Path, one_worker: Run, client: MlflowClient
+) -> None:
+    def run_id(continued: str) -> str:
+        settings = {"root": root, "name": "again", "settings": {}, "tags": {}}
+        with tracked_run(TrackingConfig(), continued=continued, **settings) as run:
+            assert run is not None
+            assert client.get_run(run.run_id).info.status == "RUNNING"
+            return run.run_id
+
+    first = run_id("0" * 32)
+    assert first != "0" * 32
+    assert run_id(first) == first
+    assert client.get_run(first).info.status == "FINISHED"
 
 
 def test_the_registered_model_comes_back_by_its_alias(

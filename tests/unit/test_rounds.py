@@ -162,10 +162,13 @@ def test_the_hash_changes_with_what_decides_the_rounds(load: Load, override: str
     assert rounds_hash(resolved(load(override))) != rounds_hash(resolved(load()))
 
 
-def test_an_aligner_that_was_trained_again_makes_new_rounds(load: Load, tmp_path: Path) -> None:
-    def digest(of_aligner: str) -> str:
-        (tmp_path / "two").mkdir(exist_ok=True)
-        write_record(tmp_path / "two", {"config_hash": of_aligner})
+@pytest.mark.parametrize("model", ["base", "two"])
+def test_a_base_or_an_aligner_that_was_trained_again_makes_new_rounds(
+    load: Load, tmp_path: Path, model: str
+) -> None:
+    def digest(of_model: str) -> str:
+        (tmp_path / model).mkdir(exist_ok=True)
+        write_record(tmp_path / model, {"config_hash": of_model})
         return rounds_hash(resolved(load()))
 
     assert digest("aaa") == digest("aaa") != digest("bbb")
@@ -269,8 +272,9 @@ def test_an_aligner_that_changes_nothing_at_all_is_an_error(play: Play) -> None:
 def test_what_was_made_from_the_same_settings_is_reused(play: Play) -> None:
     first = play(Script([0.0, 1.0, 2.0, 3.0, 4.0]))
     assert play(Script([])) == first
-    with pytest.raises(ConfigError, match="not made from these settings"):
-        play(Script([]), "seed=3")
+    for other in ("seed=3", "num_rounds=5", "monitor.patience=2"):
+        with pytest.raises(ConfigError, match="not made from these settings"):
+            play(Script([]), other)
 
 
 def test_a_model_that_no_round_improved_is_named(caplog: pytest.LogCaptureFixture) -> None:

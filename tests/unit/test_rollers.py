@@ -71,7 +71,7 @@ def new_roller(**settings: Any) -> tuple[Roller, AnswersBySeed]:
 
 
 def share(*places: int, iteration: int = 3) -> Share:
-    prompts: list[PromptText] = [SCENES[place].messages for place in places]
+    prompts: list[PromptText] = [tuple(SCENES[place].messages) for place in places]
     return Share(iteration=iteration, places=places, prompts=prompts, num_samples=2)
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pilotfish.train.config import TrainConfig
-from pilotfish.train.deepspeed_config import Launch, resolve
+from pilotfish.train.deepspeed_config import Launch, read, resolve
 
 
 def import_deepspeed(*, on_cpu: bool) -> Any:
@@ -30,11 +30,11 @@ def partitioned_loading(train: TrainConfig, *, on_cpu: bool) -> Iterator[None]:
 
     Else each worker would hold all of them first. A collective.
     """
-    launch = Launch(total_steps=1, num_workers=dist.get_world_size(), on_cpu=on_cpu)
-    tree = resolve(train, launch)
-    if tree.get("zero_optimization", {}).get("stage") != 3:
+    if read(train.deepspeed).get("zero_optimization", {}).get("stage") != 3:
         yield
         return
+    launch = Launch(total_steps=1, num_workers=dist.get_world_size(), on_cpu=on_cpu)
+    tree = resolve(train.model_copy(update={"micro_batch_size": None}), launch)
     import_deepspeed(on_cpu=on_cpu)
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 

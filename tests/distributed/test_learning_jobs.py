@@ -45,7 +45,11 @@ IN_TWO: dict[str, dict[str, dict[str, Any]]] = {
     },
     "alone": {"whole": {}, "passes": {"train__micro_batch_size": 1}},
     "stop": {"whole": {}},
-    "ppo": {"whole": {}, "zero3 beside ZeRO-3": {**ZERO3, "train__deepspeed": 3}, "tensor": TENSOR},
+    "ppo": {
+        "whole": {},
+        "zero3, passes, ZeRO-3": {**ZERO3, "train__micro_batch_size": 5, "train__deepspeed": 3},
+        "tensor": TENSOR,
+    },
     "genarm": {"whole": {}, "tensor": TENSOR, "zero3": ZERO3},
     "dpo": {"whole": {}, "tensor": TENSOR, "zero3": ZERO3},
 }

@@ -145,13 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _connect(config: RoundsConfig) -> None:
     """Connect to Ray with room for the largest of the jobs."""
-    scaling = training_job(config, Path("any"), config.base, parent=None).scaling
+    job = training_job(config, Path("any"), config.base, parent=None)
     actors: list[ActorsConfig] = [config.decoding]
     if isinstance(config.pairs, AlignerPairs):
         actors.append(config.pairs.actors)
     cluster.connect(
-        num_cpus=max(scaling.max_workers * scaling.threads, *(one.num_cpus for one in actors)),
-        gpus=scaling.use_gpu or any(one.gpus_per_actor > 0 for one in actors),
+        num_cpus=max(job.num_cpus, *(one.num_cpus for one in actors)),
+        gpus=job.scaling.use_gpu or any(one.gpus_per_actor > 0 for one in actors),
     )
 
 

@@ -72,7 +72,8 @@ class RoundsConfig(OutputConfig):
     root, output, tracking, `model.init` and `data.path`. `data.holdout` is a tenth by default."""
     reward_training: dict[str, Any] | None = None
     """The same for the reward model of a round, taught by the pairs of the round and started from
-    its model: what `training` learns from where that is PPO, as its `rollout.rewards`."""
+    its model: what `training` learns from where that is PPO, as its `rollout.rewards`, and what
+    its critic starts from by default."""
     monitor: MonitorConfig
     force: bool = False
     """Start over, although there are finished rounds or an output."""
@@ -207,8 +208,10 @@ def training_job(
     """Return the job that trains the model of a round; its run is shown under `parent`."""
     tree = _filled(config, config.training, folder, model, parent=parent)
     if config.reward_training is not None:
-        judge = {"kind": "model", "path": str(folder / REWARD_FOLDER)}
-        tree["rollout"] = {**tree.get("rollout", {}), "rewards": [{"judge": judge}]}
+        reward = str(folder / REWARD_FOLDER)
+        rewards = [{"judge": {"kind": "model", "path": reward}}]
+        tree["rollout"] = {**tree.get("rollout", {}), "rewards": rewards}
+        tree["objective"] = {"critic": reward, **tree["objective"]}
     return configs.parse(JobConfig, {**tree, "output": str(folder / "model")}, source="training")
 
 

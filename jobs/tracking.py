@@ -13,6 +13,7 @@ from typing import Any
 
 import ray.train
 import yaml
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
@@ -112,11 +113,14 @@ def tracked_run(
         yield None
         return
     uri = tracking_uri(config, root)
-    client = MlflowClient(tracking_uri=uri)
+    # The first to touch an embedded store makes its tables; two jobs must not do it at once.
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(root) / ".mlflow.lock"):
+        client = MlflowClient(tracking_uri=uri)
+        experiment_id = _experiment(client, config, root)
     if continued is not None and _reopen(client, continued):
         run = TrackedRun(uri, continued)
     else:
-        experiment_id = _experiment(client, config, root)
         nested = {} if config.parent is None else {MLFLOW_PARENT_RUN_ID: config.parent}
         all_tags = {**git_state(), **nested, **tags}
         info = client.create_run(experiment_id, run_name=name, tags=all_tags).info

@@ -1,13 +1,23 @@
 """The benchmark scripts run, on models small enough for a test, and report what they promise."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from benchmarks import decode, drafting, methods, rollouts
+from benchmarks import decode, drafting, methods, rollouts, train
+from benchmarks.trainers import save_random_model
 from pilotfish.world.tokenizer import build_tokenizer
-from tests.folders import save_base, save_guide
+from tests.folders import save_base, save_guide, save_reward_model
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep DeepSpeed, which transformers imports, from writing to stdout that it sees no GPU."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture
@@ -77,3 +87,47 @@ def test_the_rollout_benchmark_compares_equal_answers(
         f"--base {base} --rollout {rollout} --prompts 2 --tokens 3 --candidates 3".split()
     )
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 6
+
+
+@pytest.fixture
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training that takes no time, of a proxy whose random base leaves it a choice."""
+    size = train.SIZES["kitchen"]
+    spread = {**size.architecture, "initializer_range": 0.3, "tie_word_embeddings": False}
+    save_random_model(replace(size, architecture=spread), tmp_path / "kitchen" / "base")
+    save_reward_model(tmp_path / "kitchen" / "reward_model", tokenizer=build_tokenizer())
+    job = yaml.safe_load(train.PROXY_JOB.read_text())
+    job["rollout"] |= {"samples_per_prompt": 2, "max_tokens": 8}
+    job["train"]["batch_size"] = 2
+    (tmp_path / "proxy.yaml").write_text(yaml.safe_dump(job))
+    monkeypatch.setattr(train, "PROXY_JOB", tmp_path / "proxy.yaml")
+    monkeypatch.setattr(train, "SIZES", {"tiny": replace(size, pairs=2, steps=2)})
+
+
+def test_the_training_benchmark_runs_both_objectives_and_splits_a_proxys_step(
+    short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With TRL where PILOTFISH_TRL_PYTHON names it."""
+    train.main(f"--json --rounds 2 --proxy-steps 2 --root {tmp_path}".split())
+    report = json.loads(capsys.readouterr().out)
+    genarm, dpo = report["rows"]
+    assert (genarm["objective"], dpo["objective"]) == ("genarm", "dpo")
+    assert genarm["tokens_per_second"] > 0
+    if os.environ.get("PILOTFISH_TRL_PYTHON"):
+        assert dpo["trl"]["loss"] == pytest.approx(dpo["loss"], abs=1e-4)
+        assert genarm["trl"]["loss"] == pytest.approx(dpo["loss"], abs=1e-4)
+    proxy = report["proxy"]
+    assert proxy["completions_per_step"] == 4
+    parts = [proxy[f"{part}_share"] for part in ("rollout", "reward", "update")]
+    assert 0.5 < sum(parts) <= 1
+    assert min(parts) > 0
+
+
+def test_the_training_benchmark_says_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PILOTFISH_TRL_PYTHON", raising=False)
+    train.main(f"--json --sizes --root {tmp_path}".split())
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == []
+    assert report["proxy"] is None

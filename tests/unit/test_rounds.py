@@ -26,6 +26,7 @@ from pilotfish import config as configs
 from pilotfish.errors import ConfigError, DataError
 from pilotfish.evaluation.metrics import Estimate, has_fallen
 from pilotfish.train.export import write_record
+from pilotfish.train.reward_learning import PolicyConfig
 
 CONFIG = """
 root: {root}
@@ -106,6 +107,8 @@ def test_ppo_learns_from_a_reward_model_that_the_pairs_of_the_round_taught(load:
     assert reward.data == job.data, "pairs to the one, their prompts to the other"
     assert [getattr(term.judge, "path", None) for term in job.rollouts.rewards] == [reward.output]
     assert (reward.started.init, job.started.init) == ("start", "start")
+    assert isinstance(job.objective, PolicyConfig)
+    assert job.objective.critic == reward.output
     assert job.rollouts.max_tokens == 9
 
 

@@ -3,10 +3,11 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 import torch.distributed as dist
 
@@ -16,8 +17,8 @@ from jobs.train import train
 from jobs.worker import WorkerSettings, train_loop
 from pilotfish import config as configs
 
-CUT_STEP = 7
-STARTS, STUCK, KILLED = "starts", "stuck", "killed"
+ACTOR_STEP, CUT_STEP = 2, 7
+STARTS, STUCK, KILLED, KILLED_ACTOR = "starts", "stuck", "killed", "killed-actor"
 """Files under the job's root: a line for each start of the loop, and what happened at the step."""
 
 
@@ -32,7 +33,27 @@ def loop_killed_once(settings: dict[str, Any]) -> list[dict[str, float]]:
             (root / KILLED).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return _loop(settings, die)
+    return _loop(settings, {CUT_STEP: die})
+
+
+def loop_killed_twice(settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Run the real loop of one worker; at a step one of its two rollout actors is killed, and at a
+    later one the worker kills itself; each the first time only."""
+
+    def kill(root: Path) -> None:
+        raylet = psutil.Process().parent()  # of this cluster: there may be others on the machine
+        assert raylet is not None
+        rollers = [one for one in raylet.children() if "RollerActor" in one.cmdline()[0]]
+        assert len(rollers) == 2
+        (root / KILLED_ACTOR).write_text(str(rollers[0].pid))
+        rollers[0].kill()
+
+    def die(root: Path) -> None:
+        if not (root / KILLED).exists():
+            (root / KILLED).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _loop(settings, {ACTOR_STEP: kill, CUT_STEP: die})
 
 
 def loop_stuck_alone(settings: dict[str, Any]) -> list[dict[str, float]]:
@@ -42,12 +63,12 @@ def loop_stuck_alone(settings: dict[str, Any]) -> list[dict[str, float]]:
         if dist.get_world_size() == 1:
             _be_stuck(root)
 
-    return _loop(settings, wait)
+    return _loop(settings, {CUT_STEP: wait})
 
 
 def loop_stuck(settings: dict[str, Any]) -> list[dict[str, float]]:
     """Run the real loop; nobody comes past a step."""
-    return _loop(settings, _be_stuck)
+    return _loop(settings, {CUT_STEP: _be_stuck})
 
 
 def train_stuck(argv: Sequence[str]) -> None:
@@ -60,7 +81,9 @@ def _be_stuck(root: Path) -> None:
     time.sleep(600)
 
 
-def _loop(settings: dict[str, Any], at_the_step: Callable[[Path], None]) -> list[dict[str, float]]:
+def _loop(
+    settings: dict[str, Any], at_steps: Mapping[int, Callable[[Path], None]]
+) -> list[dict[str, float]]:
     job: WorkerSettings = settings["job"]
     root = Path(job.config.root)
     if dist.get_rank() == 0:
@@ -68,12 +91,12 @@ def _loop(settings: dict[str, Any], at_the_step: Callable[[Path], None]) -> list
     report = ray.train.report
 
     def report_after(metrics: dict[str, Any], **kwargs: Any) -> None:
-        if metrics["step"] == CUT_STEP:
+        if metrics["step"] in at_steps:
             # Checkpoints before this step are safe.
             ray.train.get_all_reported_checkpoints(
                 consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED
             )
-            at_the_step(root)
+            at_steps[metrics["step"]](root)
         report(metrics, **kwargs)
 
     ray.train.report = report_after

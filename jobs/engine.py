@@ -25,19 +25,26 @@ def import_deepspeed(*, on_cpu: bool) -> Any:
 
 
 @contextmanager
-def partitioned_loading(train: TrainConfig, *, on_cpu: bool) -> Iterator[None]:
+def partitioned_loading(
+    init: str | dict[str, Any], train: TrainConfig, *, on_cpu: bool
+) -> Iterator[None]:
     """Let weights that are loaded in here be partitioned at once, where ZeRO-3 will train them.
 
-    Else each worker would hold all of them first. A collective.
+    Else each worker would hold all of them first. Untrained weights are drawn whole: they are the
+    same then, however they are trained. A collective.
     """
-    if read(train.deepspeed).get("zero_optimization", {}).get("stage") != 3:
+    zero: dict[str, Any] = read(train.deepspeed).get("zero_optimization", {})
+    if zero.get("stage") != 3 or not isinstance(init, str):
         yield
         return
-    launch = Launch(total_steps=1, num_workers=dist.get_world_size(), on_cpu=on_cpu)
-    tree = resolve(train.model_copy(update={"micro_batch_size": None}), launch)
     import_deepspeed(on_cpu=on_cpu)
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+    launch = Launch(total_steps=1, num_workers=dist.get_world_size(), on_cpu=on_cpu)
+    tree = resolve(train.model_copy(update={"micro_batch_size": None}), launch)
+    # Of batches, DeepSpeed wants one number here, and checks the others before it knows the world.
+    for name in ("train_batch_size", "gradient_accumulation_steps"):
+        del tree[name]
     partitioning = HfDeepSpeedConfig(tree)
     try:
         yield

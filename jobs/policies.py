@@ -149,7 +149,7 @@ class LMLearning:
         self, config: JobConfig, objective: PolicyConfig, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         init, dtype = config.started.init, config.train.dtype
-        with partitioned_loading(config.train, on_cpu=not config.scaling.use_gpu):
+        with partitioned_loading(init, config.train, on_cpu=not config.scaling.use_gpu):
             actor = build_model(init, tokenizer, head="lm", dtype=dtype)
             critic = build_model(objective.critic or init, tokenizer, head="score", dtype=dtype)
         self.module: LMPolicy = LMPolicy(actor, critic)

@@ -58,7 +58,7 @@ class SupervisedTraining:
         self._num_copied = 0
         if isinstance(config.objective, AlignerConfig):
             self._num_copied = round(config.objective.identity_share * self.total_steps)
-        with partitioned_loading(config.train, on_cpu=on_cpu):
+        with partitioned_loading(config.started.init, config.train, on_cpu=on_cpu):
             self._learner = build_learner(
                 config.started,
                 prepared.tokenizer,

@@ -18,7 +18,7 @@ from pilotfish.evaluation.rewards import KitchenRewardConfig
 from pilotfish.evaluation.settings import Setting
 from pilotfish.train.export import read_record
 
-NUM_QUESTIONS = 300
+NUM_QUESTIONS = 200
 _SEED = 2001
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from .base_model import BaseModel
-from .catalog import Catalog, GuideEntry, make_catalog
-from .config import GuideConfig, ProcessConfig, ServeConfig, parse_args
-from .guide_model import GuideModel
-from .ingress import Pipeline
+from serve.api.ingress import Pipeline
+from serve.catalog import Catalog, GuideEntry, make_catalog
+from serve.config import GuideConfig, ProcessConfig, ServeConfig, parse_args
+from serve.replicas.base_model import BaseModel
+from serve.replicas.guide_model import GuideModel
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 10}
@@ -46,7 +46,7 @@ def _ingress(config: ServeConfig, catalog: Catalog, base: Application) -> Applic
         ray_actor_options={"num_cpus": ingress.num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
         **_HEALTH,
-    )(serve.ingress()(Pipeline))
+    )(serve.api.ingress()(Pipeline))
     return deployment.bind(ingress, catalog, base)
 
 

@@ -12,10 +12,9 @@ from pilotfish.guides import GUIDES, check_guide, check_remote
 from pilotfish.guides.base import Stage
 from pilotfish.models.loading import load_tokenizer
 from pilotfish.models.vocab import fingerprint
-
-from .artifacts import Artifact, pin
-from .config import GuideConfig, ServeConfig
-from .errors import APIError
+from serve.artifacts import Artifact, pin
+from serve.config import GuideConfig, ServeConfig
+from serve.errors import APIError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ import httpx2
 import openai
 
 from pilotfish import Pilot, SamplingParams
-from serve.base_model import BaseModel
+from serve.api.ingress import Pipeline
+from serve.api.routes import build_routes
 from serve.catalog import Catalog, make_catalog
 from serve.config import IngressConfig, parse_args
-from serve.ingress import Pipeline
-from serve.routes import build_routes
+from serve.replicas.base_model import BaseModel
 from tests.folders import save_base, save_guide
 from tests.handles import LocalHandle
 

@@ -1,4 +1,4 @@
-"""`serve.base_model` and `serve.engine_thread`, without Ray."""
+"""`serve.replicas.base_model` and `serve.replicas.engine_thread`, without Ray."""
 
 import asyncio
 import threading
@@ -14,12 +14,12 @@ from pilotfish import Pilot, SamplingParams
 from pilotfish.context import Prompt
 from pilotfish.decode.sequence import Request
 from pilotfish.errors import PromptError
-from serve.base_model import BaseModel
 from serve.catalog import make_catalog
 from serve.config import parse_args
 from serve.errors import EngineError, GuideUnavailableError
-from serve.guide_model import GuideModel
-from serve.remote_guide import RemoteLM
+from serve.replicas.base_model import BaseModel
+from serve.replicas.guide_model import GuideModel
+from serve.replicas.remote_guide import RemoteLM
 from serve.wire import GenerateRequest, Token
 from tests.fakes import context
 from tests.folders import save_base, save_guide

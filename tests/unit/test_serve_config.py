@@ -7,7 +7,7 @@ import mlflow
 import pytest
 import yaml
 from ray.serve import Application
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.api.schema import ServeDeploySchema
 
 from pilotfish.errors import CheckpointError, ConfigError, VocabMismatchError
 from serve.app import build

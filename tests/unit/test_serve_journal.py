@@ -1,4 +1,4 @@
-"""`serve.journal`: no token lost or repeated, whatever a replica does."""
+"""`serve.api.journal`: no token lost or repeated, whatever a replica does."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pilotfish.errors import PromptError
+from serve.api.journal import Journal, Patience, follow
 from serve.errors import EngineError
-from serve.journal import Journal, Patience, follow
 from serve.retries import StreamBrokenError, is_retryable
 from serve.wire import GenerateRequest
 

@@ -8,10 +8,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 import pilotfish
-
-from .catalog import Catalog
-from .errors import APIError
-from .schema import ChatRequest, CompletionRequest
+from serve.api.schema import ChatRequest, CompletionRequest
+from serve.catalog import Catalog
+from serve.errors import APIError
 
 
 class Answering(Protocol):

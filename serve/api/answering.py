@@ -8,12 +8,11 @@ from typing import Any
 from openai.types import CompletionUsage
 
 from pilotfish.decode.detokenize import TextStream
-
-from .answers import DONE, Header, Outcome, Shape, sse
-from .catalog import GuideEntry
-from .errors import api_error
-from .journal import Journal
-from .wire import Token
+from serve.api.answers import DONE, Header, Outcome, Shape, sse
+from serve.api.journal import Journal
+from serve.catalog import GuideEntry
+from serve.errors import api_error
+from serve.wire import Token
 
 logger = logging.getLogger(__name__)
 

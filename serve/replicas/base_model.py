@@ -18,13 +18,12 @@ from pilotfish.guides.card import read_card
 from pilotfish.guides.host import GuideHost
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, load_tokenizer, pick_device
-
-from .catalog import Catalog
-from .config import ServeConfig
-from .engine_thread import EngineThread
-from .errors import EngineError
-from .remote_guide import RemoteLM
-from .wire import GenerateRequest, to_request, to_token
+from serve.catalog import Catalog
+from serve.config import ServeConfig
+from serve.errors import EngineError
+from serve.replicas.engine_thread import EngineThread
+from serve.replicas.remote_guide import RemoteLM
+from serve.wire import GenerateRequest, to_request, to_token
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pilotfish.context import Context
-
-from .config import GuideConfig
-from .errors import GuideUnavailableError
-from .retries import is_retryable
+from serve.config import GuideConfig
+from serve.errors import GuideUnavailableError
+from serve.retries import is_retryable
 
 logger = logging.getLogger(__name__)
 

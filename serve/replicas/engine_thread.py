@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import Request, TokenEvent
 from pilotfish.errors import PilotfishError
-
-from .errors import EngineError, GuideUnavailableError
+from serve.errors import EngineError, GuideUnavailableError
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,15 @@ from pilotfish.chat import Message, render_prompt
 from pilotfish.decode.detokenize import TextStream
 from pilotfish.errors import PromptError
 from pilotfish.models.loading import load_tokenizer
-
-from .admission import Admission
-from .answering import Answer
-from .answers import ChatShape, Header, Shape, TextShape
-from .catalog import Catalog
-from .config import IngressConfig
-from .errors import APIError, api_error
-from .journal import Journal, Patience, follow
-from .routes import build_routes
-from .schema import ChatRequest, CompletionRequest
+from serve.api.admission import Admission
+from serve.api.answering import Answer
+from serve.api.answers import ChatShape, Header, Shape, TextShape
+from serve.api.journal import Journal, Patience, follow
+from serve.api.routes import build_routes
+from serve.api.schema import ChatRequest, CompletionRequest
+from serve.catalog import Catalog
+from serve.config import IngressConfig
+from serve.errors import APIError, api_error
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from pilotfish.context import Context, Prompt
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, pick_device
-
-from .catalog import GuideEntry
-from .config import GuideConfig
+from serve.catalog import GuideEntry
+from serve.config import GuideConfig
 
 
 class GuideModel:

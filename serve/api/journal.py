@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pilotfish.chat import Message
-
-from .retries import StreamBrokenError, is_retryable
-from .wire import GenerateRequest, Token
+from serve.retries import StreamBrokenError, is_retryable
+from serve.wire import GenerateRequest, Token
 
 logger = logging.getLogger(__name__)
 

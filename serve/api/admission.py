@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import APIError
+from serve.errors import APIError
 
 
 class Admission:

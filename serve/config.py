@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pilotfish.config import Config, parse, resolve_references
 from pilotfish.errors import ConfigError
@@ -45,14 +53,54 @@ class ProcessConfig(Config):
     """Threads of a forward on the CPU. More replicas usually beat more threads."""
 
 
-class BaseConfig(ProcessConfig):
+class Autoscaling(Config):
+    """How many replicas there are, by the requests that each works on."""
+
+    min_replicas: NonNegativeInt = 1
+    max_replicas: PositiveInt
+    target_ongoing_requests: PositiveFloat | None = None
+    """Per replica; by default what fills its slots to three quarters. For a remote guide these are
+    calls of base replicas, of which each has one at a time."""
+    upscale_delay_s: NonNegativeFloat = 10
+    """A burst that is over sooner starts nothing: loading a model takes longer than it."""
+    downscale_delay_s: NonNegativeFloat = 300
+    """A replica that goes takes its caches with it, and is dear to load again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Autoscaling":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, wanted at least min_replicas, "
+                f"{self.min_replicas}"
+            )
+        return self
+
+
+class ReplicasConfig(Config):
+    """How many replicas a deployment has: a number, or what autoscaling makes of the load."""
+
+    num_replicas: PositiveInt = 1
+    autoscaling: Autoscaling | None = None
+    """Instead of `num_replicas`."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ReplicasConfig":
+        if self.autoscaling is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError("num_replicas and autoscaling are both set; leave one out")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+
+class BaseConfig(ProcessConfig, ReplicasConfig):
     """The base LM, and the decode loop of each of its replicas."""
 
     model_id: ModelId = "base"
     """What requests call it."""
     path: str
     """A folder, a hub id, or an MLflow URI (`models:/name@alias`, `runs:/id/path`)."""
-    num_replicas: PositiveInt = 1
     num_slots: PositiveInt = 32
     """Requests that one replica decodes at a time; more wait."""
     max_ongoing_requests: PositiveInt | None = None
@@ -65,7 +113,7 @@ class BaseConfig(ProcessConfig):
         return self.max_ongoing_requests or 2 * self.num_slots
 
 
-class GuideConfig(ProcessConfig):
+class GuideConfig(ProcessConfig, ReplicasConfig):
     """One guide: in the processes of the base replicas, or in replicas of its own."""
 
     name: Name
@@ -74,7 +122,6 @@ class GuideConfig(ProcessConfig):
     weight: float | None = Field(default=None, ge=-100, le=100)
     """For requests that name the guide without one; by default the weight of its card."""
     placement: Literal["colocated", "remote"] = "colocated"
-    num_replicas: PositiveInt = 1
     num_slots: PositiveInt | None = None
     """Sequences whose cache one replica keeps; by default enough for all base replicas."""
     timeout_s: PositiveFloat = 10
@@ -92,10 +139,9 @@ class GuideConfig(ProcessConfig):
         return self
 
 
-class IngressConfig(Config):
+class IngressConfig(ReplicasConfig):
     """The HTTP side: admission, defaults of requests, and when to give up on a replica."""
 
-    num_replicas: PositiveInt = 1
     num_cpus: Share = 0.5
     max_tokens: PositiveInt = 256
     """For requests that do not say; never more than the context leaves room for."""
@@ -116,6 +162,10 @@ class ServeConfig(Config):
     base: BaseConfig
     guides: tuple[GuideConfig, ...] = ()
     ingress: IngressConfig = IngressConfig()
+    guides_poll_s: NonNegativeFloat = 10
+    """How often the aliases of guides (`models:/name@alias`) are looked at; 0 is never."""
+    guide_load_s: PositiveFloat = 600
+    """How long a replica may take to load another version of a guide."""
     tracking_uri: str | None = None
     """MLflow server that resolves `models:/` and `runs:/`; by default `MLFLOW_TRACKING_URI`."""
 
@@ -132,11 +182,15 @@ class ServeConfig(Config):
                 )
         return self
 
+    def guide(self, name: str) -> GuideConfig:
+        """Return the config of a guide that is served."""
+        return next(guide for guide in self.guides if guide.name == name)
+
     def guide_slots(self, guide: GuideConfig) -> int:
         """Slots of one process that runs this guide."""
         if guide.placement == "colocated":
             return self.base.num_slots
-        return guide.num_slots or self.base.num_slots * self.base.num_replicas
+        return guide.num_slots or self.base.num_slots * self.base.most_replicas
 
 
 def parse_args(args: Mapping[str, Any]) -> ServeConfig:

@@ -1,11 +1,32 @@
-"""What crosses between ingress and base replicas: plain values, no classes of ours."""
+"""What crosses between ingress and replicas: plain values, no classes of models."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from pilotfish.chat import Message
 from pilotfish.context import Prompt
-from pilotfish.decode.sequence import Request, SamplingParams, TokenEvent
+from pilotfish.decode.sequence import Drafting, Request, SamplingParams, TokenEvent
+from serve.catalog import GuideVersion
+
+OnFailure: TypeAlias = Literal["fail", "base"]
+"""What becomes of a request whose guide does not answer: it fails, or goes on without the guide."""
+
+
+class GuideUse(NamedTuple):
+    """A guide in a request, pinned to one version for the request's whole life."""
+
+    version: GuideVersion
+    weight: float
+    args: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    """Settings of the guide's kind that differ from its card, for this request."""
+    on_failure: OnFailure = "fail"
+
+
+class DraftUse(TypedDict):
+    """Which guide of the request drafts, and how many tokens at a time."""
+
+    guide: str
+    num_tokens: int
 
 
 class GenerateRequest(TypedDict):
@@ -14,11 +35,17 @@ class GenerateRequest(TypedDict):
     prompt_ids: list[int]
     messages: list[Message] | None
     """The conversation behind the ids, for guides with a template of their own."""
+    text: str | None
+    """The prompt as it was written, where it was no conversation."""
     params: dict[str, Any]
     """Fields of `SamplingParams`; the seed is always set."""
-    guides: dict[str, float]
+    guides: list[GuideUse]
+    """In order of tilting."""
+    draft: DraftUse | None
     completed: list[int]
     """Tokens drawn before, by whichever replica."""
+    gave_up: list[str]
+    """Names of guides that failed this request before, and which it goes on without."""
 
 
 class Token(NamedTuple):
@@ -30,23 +57,57 @@ class Token(NamedTuple):
     base_logprob: float
     kl: float
     finish_reason: str | None
+    moved_by: str | None = None
+    drafted: bool = False
+    notes: Mapping[str, float] = {}
+
+
+class Batch(NamedTuple):
+    """What a replica sends at a time; sent as a bare tuple."""
+
+    tokens: list[tuple[Any, ...]]
+    gave_up: list[str] = []  # noqa: RUF012 - never written to
+    """Guides that the request goes on without from here."""
 
 
 def to_token(event: TokenEvent) -> tuple[Any, ...]:
+    """Return a token as it is sent; guides are called what the request calls them."""
     reason = None if event.finish_reason is None else event.finish_reason.value
-    return (event.index, event.token_id, event.logprob, event.base_logprob, event.kl, reason)
+    numbers = (event.index, event.token_id, event.logprob, event.base_logprob, event.kl, reason)
+    if event.moved_by is None:
+        return numbers
+    notes = {
+        f"{guide_name(note)}.{note.rpartition('.')[2]}": value
+        for note, value in event.notes.items()
+    }
+    return (*numbers, guide_name(event.moved_by), event.drafted, notes)
 
 
-def to_request(key: int, sent: Mapping[str, Any]) -> Request:
-    """Raises `PromptError` for sampling parameters out of range."""
+def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -> Request:
+    """Return the engine's request; `guide_keys` are what the engine calls the guides that act.
+
+    Raises `PromptError` for sampling parameters out of range.
+    """
     params = dict(sent["params"])
     for name in ("stop", "stop_token_ids"):
         params[name] = tuple(params.get(name, ()))
-    messages = sent["messages"]
+    messages, draft = sent["messages"], sent["draft"]
     return Request(
         key=key,
-        prompt=Prompt(list(sent["prompt_ids"]), None if messages is None else tuple(messages)),
+        prompt=Prompt(
+            list(sent["prompt_ids"]), None if messages is None else tuple(messages), sent["text"]
+        ),
         params=SamplingParams(**params),
-        guides=dict(sent["guides"]),
+        guides={
+            guide_keys[use.version.name]: use.weight
+            for use in sent["guides"]
+            if use.version.name in guide_keys
+        },
         completed=tuple(sent["completed"]),
+        draft=draft and Drafting(guide=guide_keys[draft["guide"]], num_tokens=draft["num_tokens"]),
     )
+
+
+def guide_name(key: str) -> str:
+    """Return what requests call the guide that an engine calls `name@version{args}`."""
+    return key.partition("@")[0]

@@ -43,7 +43,8 @@ class Server:
     def pipeline(
         self, breakage: Callable[[Any], Any] = lambda call: call, **ingress: Any
     ) -> Pipeline:
-        return Pipeline(IngressConfig(**ingress), self.catalog, LocalHandle(self.model, breakage))
+        base = LocalHandle(self.model, breakage)
+        return Pipeline(IngressConfig(**ingress), self.catalog, base, {}, None)
 
 
 @asynccontextmanager

@@ -10,9 +10,8 @@ from openai.types import CompletionUsage
 from pilotfish.decode.detokenize import TextStream
 from serve.api.answers import DONE, Header, Outcome, Shape, sse
 from serve.api.journal import Journal
-from serve.catalog import GuideEntry
 from serve.errors import api_error
-from serve.wire import Token
+from serve.wire import GuideUse, Token
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class Answer:
     text: TextStream
     shape: Shape
     header: Header
-    guides: Sequence[tuple[GuideEntry, float]]
+    guides: Sequence[GuideUse]
     with_usage: bool
     with_ids: bool
     _first: list[Token] = field(default_factory=list)
@@ -100,8 +99,13 @@ class Answer:
         """What is ours: the guides used. Their `mean_kl` is that of the whole chain."""
         mean_kl = self.journal.mean_kl
         echo = [
-            {"name": guide.name, "weight": weight, "version": guide.version, "mean_kl": mean_kl}
-            for guide, weight in self.guides
+            {
+                "name": use.version.name,
+                "weight": use.weight,
+                "version": use.version.version,
+                "mean_kl": mean_kl,
+            }
+            for use in self.guides
         ]
         ids = {"prompt_token_ids": self.journal.prompt_ids} if self.with_ids else {}
         return {"guides": echo, **ids}

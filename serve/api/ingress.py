@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -24,8 +24,10 @@ from serve.api.journal import Journal, Patience, follow
 from serve.api.routes import build_routes
 from serve.api.schema import ChatRequest, CompletionRequest
 from serve.catalog import Catalog
+from serve.choosing import choose
 from serve.config import IngressConfig
 from serve.errors import APIError, api_error
+from serve.replicas.following import Following
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,17 @@ _READY_TIMEOUT_S = 2
 class Pipeline:
     """Turns bodies into journals, and journals into answers. Holds no state of a model."""
 
-    def __init__(self, config: IngressConfig, catalog: Catalog, base: Any) -> None:
-        """`base` is the deployment handle of `BaseModel`."""
-        self.catalog = catalog
-        self._config = config
+    def __init__(
+        self,
+        config: IngressConfig,
+        catalog: Catalog,
+        base: Any,
+        revising: Mapping[str, Any],
+        control: Any,
+    ) -> None:
+        """Handles: of `BaseModel`, of each `ResponseGuide` by name, and of `Guides`."""
+        self._config, self._control = config, control
+        self._following = Following(catalog, self._adopt, lambda: control)
         self._tokenizer = load_tokenizer(catalog.base.artifact.fetch())
         # Tokens are small: gRPC is quicker than a round through the object store.
         small = base.options(_by_reference=False)
@@ -50,6 +59,18 @@ class Pipeline:
             max_attempts=config.max_attempts,
         )
         self.admission = Admission(config.max_in_flight, retry_after_s=config.retry_after_s)
+
+    @property
+    def catalog(self) -> Catalog:
+        """What is served at this moment."""
+        return self._following.catalog
+
+    async def check_health(self) -> None:
+        """Never fails; Serve's calls begin to follow the catalog."""
+        self._following.ensure()
+
+    async def _adopt(self, catalog: Catalog) -> None:
+        logger.info("serving revision %d of the guides", catalog.revision)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve calls for the HTTP side of a replica."""
@@ -82,18 +103,19 @@ class Pipeline:
 
     def _start(self, body: ChatRequest | CompletionRequest) -> Answer:
         """Check everything that can be checked here, and open the stream of tokens."""
-        guides = self.catalog.choose(body.model, body.asked_guides)
-        prompt_ids, messages = self._prompt(body)
         shape: Shape = ChatShape() if isinstance(body, ChatRequest) else TextShape()
-        params = self._params(body, len(prompt_ids))
+        request_id = f"{shape.id_prefix}{uuid.uuid4().hex}"
+        chosen = choose(self.catalog, body.model, body.asked_guides, request_id=request_id)
+        prompt_ids, messages = self._prompt(body)
         journal = Journal(
-            request_id=f"{shape.id_prefix}{uuid.uuid4().hex}",
+            request_id=request_id,
             prompt_ids=prompt_ids,
             messages=messages,
-            params=params,
-            guides={guide.name: weight for guide, weight in guides},
+            params=self._params(body, len(prompt_ids)),
+            guides=chosen.tilts,
         )
-        fingerprint = self.catalog.system_fingerprint([guide for guide, _ in guides])
+        versions = [use.version for use in chosen.uses]
+        fingerprint = self.catalog.system_fingerprint(versions)
         return Answer(
             journal=journal,
             tokens=follow(journal, self._generate.remote, self._patience),
@@ -105,7 +127,7 @@ class Pipeline:
                 model=body.model,
                 system_fingerprint=fingerprint,
             ),
-            guides=guides,
+            guides=chosen.uses,
             with_usage=body.stream_options is not None and body.stream_options.include_usage,
             with_ids=body.return_token_ids,
         )

@@ -8,14 +8,14 @@ path the old one was on.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pilotfish.chat import Message
 from serve.retries import StreamBrokenError, is_retryable
-from serve.wire import GenerateRequest, Token
+from serve.wire import Batch, DraftUse, GenerateRequest, GuideUse, Token
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _BACKOFF_S = 0.02
 class TokenStream(Protocol):
     """A streaming call to a base replica."""
 
-    async def __anext__(self) -> list[tuple[Any, ...]]: ...
+    async def __anext__(self) -> tuple[Any, ...]: ...
 
     def cancel(self) -> None: ...
 
@@ -41,17 +41,24 @@ class Patience:
 
 @dataclass(slots=True, kw_only=True)
 class Journal:
-    """One request, at any moment of its life."""
+    """One completion, at any moment of its life."""
 
     request_id: str
     prompt_ids: list[int]
-    messages: list[Message] | None
+    messages: list[Message] | None = None
+    text: str | None = None
+    """The prompt as it was written, where it was no conversation."""
     params: dict[str, Any]
     """Fields of `SamplingParams`. The seed is set before the first attempt and never changes."""
-    guides: dict[str, float]
+    guides: list[GuideUse] = field(default_factory=list)
+    """Those that tilt, with their versions: a replica that has never heard of one loads it."""
+    draft: DraftUse | None = None
     completed: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     kl_sum: float = 0.0
+    gave_up: dict[str, int] = field(default_factory=dict)
+    """Guides that failed, and the position from which the completion goes on without each."""
+    num_failovers: int = 0
 
     @property
     def mean_kl(self) -> float:
@@ -63,25 +70,33 @@ class Journal:
         return GenerateRequest(
             prompt_ids=self.prompt_ids,
             messages=self.messages,
+            text=self.text,
             params=self.params,
             guides=self.guides,
+            draft=self.draft,
             completed=list(self.completed),
+            gave_up=list(self.gave_up),
         )
 
-    def record(self, tokens: Sequence[Token]) -> None:
+    def record(self, batch: Batch) -> list[Token]:
         """Take the next tokens, or none of them: `StreamBrokenError` if they are any others."""
+        tokens = [Token(*values) for values in batch.tokens]
         for position, token in enumerate(tokens, start=len(self.completed)):
             if token.position != position:
                 raise StreamBrokenError(f"got the token at {token.position}, wanted {position}")
         self.completed += [token.token_id for token in tokens]
         self.kl_sum += sum(token.kl for token in tokens)
-        self.finish_reason = tokens[-1].finish_reason
+        for name in batch.gave_up:
+            self.gave_up.setdefault(name, len(self.completed))
+        if tokens:
+            self.finish_reason = tokens[-1].finish_reason
+        return tokens
 
 
 async def follow(
     journal: Journal, send: Callable[[GenerateRequest], TokenStream], patience: Patience
 ) -> AsyncGenerator[list[Token]]:
-    """Yield the tokens of a request, each exactly once, until it is finished.
+    """Yield the tokens of a completion, each exactly once, until it is finished.
 
     Gives up after `max_attempts` failures in a row without a token, and raises the last of them;
     an error that is the request's own is raised at once.
@@ -97,6 +112,7 @@ async def follow(
             failures = 1 if len(journal.completed) > before else failures + 1
             if not is_retryable(error) or failures >= patience.max_attempts:
                 raise
+            journal.num_failovers += 1
             logger.warning(
                 "%s: failure %d at token %d, going on elsewhere: %r",
                 *(journal.request_id, failures, len(journal.completed), error),
@@ -117,10 +133,9 @@ async def _attempt(
                     sent = await anext(stream)
             except StopAsyncIteration:
                 raise StreamBrokenError("the stream ended before the completion did") from None
-            tokens = [Token(*values) for values in sent]
-            journal.record(tokens)
-            yield tokens
-            limit = patience.token_s
+            if tokens := journal.record(Batch(*sent)):
+                yield tokens
+                limit = patience.token_s
     finally:
         if journal.finish_reason is None:
             stream.cancel()

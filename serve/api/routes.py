@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 import pilotfish
 from serve.api.schema import ChatRequest, CompletionRequest
 from serve.catalog import Catalog
+from serve.choosing import choose
 from serve.errors import APIError
 
 
@@ -45,7 +46,7 @@ def build_routes(pipeline: Answering) -> FastAPI:
 
     @http.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> dict[str, Any]:
-        pipeline.catalog.choose(model_id, None)
+        choose(pipeline.catalog, model_id, None, request_id="")
         return next(card for card in model_cards(pipeline.catalog) if card["id"] == model_id)
 
     @http.get("/health", response_model=None)
@@ -81,7 +82,7 @@ def model_cards(catalog: Catalog) -> list[dict[str, Any]]:
     base_id, *guide_ids = catalog.model_ids()
     cards = [card(base_id, catalog.base.artifact.uri, None)]
     for guide_id, guide in zip(guide_ids, catalog.guides, strict=True):
-        cards.append(card(guide_id, guide.artifact.uri, base_id))
+        cards.append(card(guide_id, guide.current.artifact.uri, base_id))
     return cards
 
 

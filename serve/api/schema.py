@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from pilotfish.chat import Message
+from serve.choosing import GuideAsk
+from serve.wire import OnFailure
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -48,6 +50,10 @@ class GuideChoice(_Body):
 
     name: str
     weight: float | None = Field(default=None, ge=-100, le=100)
+    version: str | None = None
+    args: dict[str, Any] = {}
+    """Settings of the guide's kind for this request."""
+    on_failure: OnFailure = "fail"
 
 
 class StreamOptions(_Body):
@@ -129,10 +135,10 @@ class CommonRequest(_Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
-    def asked_guides(self) -> list[tuple[str, float | None]] | None:
+    def asked_guides(self) -> list[GuideAsk] | None:
         if self.guides is None:
             return None
-        return [(guide.name, guide.weight) for guide in self.guides]
+        return [GuideAsk(**dict(guide)) for guide in self.guides]
 
 
 class ChatRequest(CommonRequest):

@@ -1,175 +1,205 @@
 """`BaseModel`: a replica that owns the base, its colocated guides, and the decode loop."""
 
-import asyncio
-import itertools
-import logging
-import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import json
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from pilotfish.chat import stop_ids
+from pilotfish.chat import Message, render_prompt, stop_ids
+from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
-from pilotfish.decode.sequence import TokenEvent
+from pilotfish.errors import CheckpointError
 from pilotfish.guides import load_guide
-from pilotfish.guides.base import TokenGuide
-from pilotfish.guides.card import read_card
+from pilotfish.guides.base import Guide, Stage, TokenGuide
+from pilotfish.guides.card import GuideCard, read_card
+from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, load_tokenizer, pick_device
-from serve.catalog import Catalog
+from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
-from serve.errors import EngineError
-from serve.replicas.engine_thread import EngineThread
+from serve.replicas.decoding import Decoding, leave
+from serve.replicas.following import Stock
 from serve.replicas.remote_guide import RemoteLM
-from serve.wire import GenerateRequest, to_request, to_token
-
-logger = logging.getLogger(__name__)
-
-_LEAVE_AFTER_S = 0.5
+from serve.replicas.shelf import Shelf
+from serve.wire import GenerateRequest, GuideUse
 
 
-def _leave() -> None:
-    """End this process. Serve's router drops a dead replica at once, and an unhealthy one only
-    after some health checks, through which it would look idle and draw every request."""
-    os._exit(1)
+@dataclass(slots=True)
+class _Loaded:
+    """A version of a guide, and the requests that use it with settings of their own."""
+
+    guide: Guide
+    card: GuideCard
+    num_varied: dict[str, int] = field(default_factory=dict)
+    """Requests by engine key."""
 
 
 class BaseModel:
-    """Decodes requests by continuous batching and streams their tokens.
-
-    Knows ids only. A request may begin with tokens another replica drew (`completed`): it goes on
-    behind them, so nothing here needs to survive.
-    """
+    """Decodes requests under base and guides. Guides come and go while it runs."""
 
     def __init__(
         self,
         config: ServeConfig,
         catalog: Catalog,
         remote: Mapping[str, Any],
-        leave: Callable[[], None] = _leave,
+        *,
+        control: Callable[[], Any] | None = None,
+        leave: Callable[[], None] = leave,
     ) -> None:
         """Load everything. `remote` holds a handle for each guide with replicas of its own.
 
-        `leave` is called soon after the decode loop died.
+        `control` returns the handle of `Guides`, which tells of other versions; without one there
+        are those of `catalog`. `leave` is called soon after the decode loop died.
         """
         torch.set_num_threads(config.base.threads)
-        engine = load_engine(config, catalog, remote)
-        self._engine = engine
-        self._thread = EngineThread(
-            engine,
-            on_tokens=self._on_tokens,
-            on_failure=self._on_failure,
-            stall_s=config.base.stall_s,
-        )
-        self._leave = leave
-        self._keys = itertools.count()
-        self._streams: dict[int, asyncio.Queue[tuple[Any, ...] | BaseException]] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[tuple[Any, ...]]]:
-        """Yield the tokens of a completion as `wire.Token` tuples, all that there are at a time.
-
-        Raises `PromptError` for a request that can never be decoded, `GuideUnavailableError` when
-        a remote guide of it is gone, and `EngineError` when this replica cannot go on. Closing the
-        stream frees the request's slot at the next step.
-        """
-        key = next(self._keys)
-        job = to_request(key, request)
-        self._engine.check(job)
-        self._loop = asyncio.get_running_loop()
-        queue = self._streams[key] = asyncio.Queue()
-        ended = False
-        try:
-            self._thread.submit(job)
-            while not ended:
-                tokens = await _take_all(queue)
-                yield tokens
-                ended = tokens[-1][-1] is not None
-        finally:
-            del self._streams[key]
-            if not ended:
-                self._thread.cancel(key)
-
-    async def stats(self) -> dict[str, int]:
-        """Return the process id, the requests in this replica, and the steps made so far."""
-        return {
-            "pid": os.getpid(),
-            "num_open": self._thread.num_open,
-            "num_steps": self._thread.num_steps,
-        }
-
-    async def check_health(self) -> None:
-        """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
-        self._thread.check()
-
-    def close(self) -> None:
-        """Stop the decode loop; open streams get nothing more."""
-        self._thread.close()
-
-    def _on_tokens(self, events: Sequence[TokenEvent]) -> None:
-        assert self._loop is not None, "tokens come only after a request"
-        self._loop.call_soon_threadsafe(self._hand_out, events)
-
-    def _hand_out(self, events: Sequence[TokenEvent]) -> None:
-        for event in events:
-            if event.key in self._streams:
-                self._streams[event.key].put_nowait(to_token(event))
-
-    def _on_failure(self, keys: Sequence[int], error: BaseException) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._break, keys, error)
-
-    def _break(self, keys: Sequence[int], error: BaseException) -> None:
-        for key in keys:
-            if key in self._streams:
-                self._streams[key].put_nowait(error)
-        if isinstance(error, EngineError):
-            asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
-
-
-def load_engine(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Any]) -> Engine:
-    """Load base and colocated guides, and connect the remote ones."""
-    device = pick_device(config.base.device)
-    folder = catalog.base.artifact.fetch()
-    tokenizer = load_tokenizer(folder)
-    model = load_frozen(folder, device=device, dtype=config.base.dtype)
-    vocab_size = catalog.base.vocab_size
-    base = CausalLM(model, vocab_size=vocab_size, num_slots=config.base.num_slots)
-    end_ids = stop_ids(tokenizer, model.generation_config)
-    guides: dict[str, TokenGuide] = {}
-    for guide, entry in zip(config.guides, catalog.guides, strict=True):
-        host = GuideHost(
+        self._config, self._remote = config, remote
+        folder = catalog.base.artifact.load(catalog.base.version)
+        tokenizer = load_tokenizer(folder)
+        device = pick_device(config.base.device)
+        model = load_frozen(folder, device=device, dtype=config.base.dtype)
+        base = CausalLM(model, vocab_size=catalog.base.vocab_size, num_slots=config.base.num_slots)
+        self._host = GuideHost(
             base=base,
             tokenizer=tokenizer,
             name=config.base.path,
-            end_ids=end_ids,
-            num_slots=config.guide_slots(guide),
+            end_ids=stop_ids(tokenizer, model.generation_config),
+            num_slots=config.base.num_slots,
             device=device,
-            dtype=guide.dtype,
-            remote=RemoteLM(remote[guide.name], guide, vocab_size=vocab_size, device=device)
-            if guide.placement == "remote"
-            else None,
         )
-        guide_folder = entry.artifact.fetch()
-        loaded = load_guide(guide_folder, read_card(guide_folder), host)
-        guides[guide.name] = cast("TokenGuide", loaded)
-    logger.info("loaded %s with guides: %s", folder, ", ".join(guides) or "none")
-    return Engine(base, guides, end_ids=end_ids, tokenizer=tokenizer)
+        engine = Engine(base, end_ids=self._host.end_ids, tokenizer=tokenizer)
+        self._decoding = Decoding(engine, stall_s=config.base.stall_s, leave=leave)
+        self._shelf = Shelf(self._load, self._drop)
+        self._stock = Stock(self._shelf, catalog, _versions, control, self._withdraw)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Any, ...]]:
+        """Yield a completion: see `Decoding.generate`.
+
+        Raises `ConfigError` for settings that a guide cannot take, besides.
+        """
+        async with AsyncExitStack() as stack:
+            keys = {
+                use.version.name: await stack.enter_async_context(self._acting(use))
+                for use in _acting(request)
+            }
+            stream = self._decoding.generate(request, keys)
+            async with aclosing(stream):
+                async for batch in stream:
+                    yield batch
+
+    async def prepare(self, version: GuideVersion) -> None:
+        """Load a version beside what is served, and try it.
+
+        Raises what loading it raises, and `CheckpointError` for one that answers nonsense.
+        """
+        await self._stock.prepare(version)
+        if version.stage is Stage.TOKEN:
+            await self._decoding.ask(lambda: self._probe(version))
+
+    async def stats(self) -> dict[str, Any]:
+        """Return `Decoding.stats`, and the guides that are loaded."""
+        loaded = sorted(version.key for version in self._shelf.loaded)
+        return {**self._decoding.stats(), "guides": loaded}
+
+    async def check_health(self) -> None:
+        """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
+        self._stock.ensure()
+        self._decoding.thread.check()
+
+    def close(self) -> None:
+        """Stop the decode loop; open streams get nothing more."""
+        self._decoding.close()
+
+    @asynccontextmanager
+    async def _acting(self, use: GuideUse) -> AsyncIterator[str]:
+        """Have a guide in the engine while the block runs; gives what the engine calls it."""
+        async with self._shelf.lease(use.version) as loaded:
+            if not use.args:
+                yield use.version.key
+                return
+            key = use.version.key + json.dumps(use.args, sort_keys=True)
+            if key not in loaded.num_varied:
+                self._add(key, vary_guide(loaded.guide, loaded.card, use.args))
+            loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1
+            try:
+                yield key
+            finally:
+                loaded.num_varied[key] -= 1
+                if not loaded.num_varied[key]:
+                    del loaded.num_varied[key]
+                    self._remove(key)
+
+    def _load(self, version: GuideVersion) -> _Loaded:
+        folder = version.artifact.load(version.version)
+        config = self._config.guide(version.name)
+        handle = self._remote.get(version.name)
+        host = self._host.for_guide(
+            num_slots=self._config.guide_slots(config),
+            dtype=config.dtype,
+            remote=None
+            if handle is None
+            else RemoteLM(
+                handle,
+                config,
+                version,
+                vocab_size=self._host.base.vocab_size,
+                device=self._host.device,
+            ),
+        )
+        card = read_card(folder)
+        loaded = _Loaded(load_guide(folder, card, host), card)
+        self._add(version.key, loaded.guide)
+        return loaded
+
+    def _drop(self, version: GuideVersion, _: _Loaded) -> None:
+        self._remove(version.key)
+
+    def _add(self, key: str, guide: Guide) -> None:
+        engine = self._decoding.engine
+        engine.guides[key] = cast("TokenGuide", guide)
+        if isinstance(guide, GenARMGuide) and isinstance(guide.source, CausalLM):
+            engine.drafters[key] = guide.source
+
+    def _remove(self, key: str) -> None:
+        # On the engine's own thread, behind whatever was asked of it before.
+        self._decoding.thread.call(lambda: self._decoding.engine.remove_guide(key))
+
+    def _probe(self, version: GuideVersion) -> None:
+        """Raise `CheckpointError` unless the guide gives a law behind a short prompt."""
+        messages = (Message(role="user", content="Hello."),)
+        ids = render_prompt(self._host.tokenizer, list(messages))
+        context = Context(-1, Prompt(ids, messages), ids)
+        guided_RV = self._decoding.engine.law([context], {version.key: version.weight})
+        total = guided_RV.exp().sum().item()
+        if not math.isclose(total, 1, abs_tol=1e-3):
+            raise CheckpointError(
+                f"guide {version.key} gives log-probs whose probabilities sum to {total}. Its "
+                "weights are broken; train or upload it again."
+            )
+
+    def _withdraw(self, catalog: Catalog) -> None:
+        """End or free the requests of guides that are switched off."""
+        for entry in catalog.guides:
+            if not entry.enabled:
+                self._decoding.thread.withdraw(entry.name, "it was switched off")
 
 
-async def _take_all(queue: "asyncio.Queue[tuple[Any, ...] | BaseException]") -> list[Any]:
-    """Wait for the next token and take those behind it; raise what broke the stream.
+def _versions(catalog: Catalog) -> list[GuideVersion]:
+    """Return what a base replica has of the catalog's guides."""
+    every = [version for entry in catalog.guides for version in entry.versions]
+    return [version for version in every if version.stage is not Stage.REVISION]
 
-    Tokens in front of an error are given up: they are drawn again, and come out the same.
-    """
-    items = [await queue.get()]
-    while not queue.empty():
-        items.append(queue.get_nowait())
-    for item in items:
-        if isinstance(item, EngineError):
-            raise EngineError(*item.args)  # one traceback per stream
-        if isinstance(item, BaseException):
-            raise item
-    return items
+
+def _acting(request: GenerateRequest) -> list[GuideUse]:
+    """Return the uses of guides that tilt or draft, less those that were given up."""
+    drafter = request["draft"] and request["draft"]["guide"]
+    return [
+        use
+        for use in request["guides"]
+        if (use.weight != 0 or use.version.name == drafter)
+        and use.version.name not in request["gave_up"]
+    ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pilotfish.context import Context
+from serve.catalog import GuideVersion
 from serve.config import GuideConfig
 from serve.errors import GuideUnavailableError
 from serve.retries import is_retryable
@@ -30,11 +31,17 @@ class RemoteLM:
     """
 
     def __init__(
-        self, handle: Any, guide: GuideConfig, *, vocab_size: int, device: torch.device
+        self,
+        handle: Any,
+        guide: GuideConfig,
+        version: GuideVersion,
+        *,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
         """`handle` is the deployment handle of a `GuideModel`."""
         self._handle = handle
-        self._name = guide.name
+        self._version = version
         self._timeout_s = guide.timeout_s
         self._max_attempts = guide.max_attempts
         self._row_bytes = vocab_size * 8  # float64 at most
@@ -60,7 +67,7 @@ class RemoteLM:
     def _send(self, keys: list[int], token_ids: list[list[int]]) -> Any:
         fits = len(keys) * self._row_bytes <= _MAX_GRPC_BYTES
         handle = self._handle.options(session_id=self._session, _by_reference=not fits)
-        return handle.logprobs.remote(keys, token_ids)
+        return handle.logprobs.remote(self._version, keys, token_ids)
 
     def _wait(self, response: Any, keys: list[int], token_ids: list[list[int]]) -> Tensor:
         for attempt in range(1, self._max_attempts + 1):
@@ -71,8 +78,8 @@ class RemoteLM:
             except Exception as error:
                 response.cancel()
                 if not is_retryable(error) or attempt == self._max_attempts:
-                    raise GuideUnavailableError(self._name, repr(error)) from error
-                logger.warning("guide %s, attempt %d: %r", self._name, attempt, error)
+                    raise GuideUnavailableError(self._version.key, repr(error)) from error
+                logger.warning("guide %s, attempt %d: %r", self._version.key, attempt, error)
             time.sleep(_BACKOFF_S * attempt)
             response = self._send(keys, token_ids)
         raise AssertionError("the loop returns or raises")

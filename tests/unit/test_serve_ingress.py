@@ -76,7 +76,7 @@ def test_guides_of_the_body_steer_and_are_named_in_the_answer(server: Server) ->
     assert text_of(response) == server.text(MESSAGES, {"helpful": 1.5}, seed=1, max_tokens=8)
     (echo,) = response.json()["guides"]
     assert (echo["name"], echo["weight"]) == ("helpful", 1.5)
-    assert echo["version"] == server.catalog.guides[0].version
+    assert echo["version"] == server.catalog.guides[0].current.version
     assert echo["mean_kl"] > 0.01
     streamed = events_of(
         chat(server.pipeline(), guides=[{"name": "helpful", "weight": 1.5}], stream=True)

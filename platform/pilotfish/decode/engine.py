@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pilotfish.context import Context
 from pilotfish.decode import tilting
 from pilotfish.decode.batch import Batch
 from pilotfish.decode.detokenize import TextStream
@@ -154,6 +156,28 @@ class Engine:
     def cancel(self, key: int) -> None:
         """Drop a request before the next token; unknown keys are ignored."""
         self._cancelled.add(key)
+
+    def remove_guide(self, name: str) -> None:
+        """Forget a guide, or a drafter, that no request uses any more."""
+        self._drop_cancelled()
+        self.guides.pop(name, None)
+        self.drafters.pop(name, None)
+
+    @torch.inference_mode()
+    def law(self, contexts: Sequence[Context], guides: Mapping[str, float]) -> Tensor:
+        """Return the guided law [R, V] of contexts that are not decoded here."""
+        tilts = [
+            tilting.Tilt(name, [(row, weight) for row in range(len(contexts))], len(contexts))
+            for name, weight in guides.items()
+        ]
+        begun = tilting.begin(self.guides, [tilt.to(self.base.device) for tilt in tilts], contexts)
+        law = self.base.forward(contexts)
+        guided_RV, _ = tilting.apply(self.guides, begun, law.logprobs_RV, law.hidden_RD)
+        keys = [context.key for context in contexts]
+        self.base.release(keys)
+        for name in guides:
+            self.guides[name].release(keys)
+        return guided_RV
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:

@@ -1,0 +1,160 @@
+"""One decode loop and the streams of tokens that come out of it."""
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pilotfish.decode.engine import Engine
+from pilotfish.decode.sequence import TokenEvent
+from serve.errors import EngineError
+from serve.replicas.engine_thread import EngineThread
+from serve.wire import Batch, GenerateRequest, guide_name, to_request, to_token
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LEAVE_AFTER_S = 0.5
+
+
+def leave() -> None:
+    """End this process. Serve's router drops a dead replica at once, and an unhealthy one only
+    after some health checks, through which it would look idle and draw every request."""
+    os._exit(1)
+
+
+class Decoding:
+    """Decodes requests by continuous batching and streams their tokens.
+
+    Knows ids only. A request may begin with tokens another replica drew (`completed`): it goes on
+    behind them, so nothing here needs to survive.
+    """
+
+    def __init__(
+        self, engine: Engine, *, stall_s: float, leave: Callable[[], None] = leave
+    ) -> None:
+        """`leave` is called soon after the decode loop died."""
+        self.engine = engine
+        self.thread = EngineThread(
+            engine,
+            on_tokens=self._on_tokens,
+            on_give_up=self._on_give_up,
+            on_failure=self._on_failure,
+            stall_s=stall_s,
+        )
+        self._leave = leave
+        self._keys = itertools.count()
+        self._streams: dict[int, asyncio.Queue[Any]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def generate(
+        self, request: GenerateRequest, guide_keys: Mapping[str, str]
+    ) -> AsyncGenerator[tuple[Any, ...]]:
+        """Yield a completion as `wire.Batch` tuples, with all the tokens that there are at a time.
+
+        `guide_keys` are what the engine calls the guides that act, by name. Raises `PromptError`
+        for a request that can never be decoded, `GuideUnavailableError` when a remote guide of it
+        is gone, and `EngineError` when this replica cannot go on. Closing the stream frees the
+        request's slot at the next step.
+        """
+        key = next(self._keys)
+        job = to_request(key, request, guide_keys)
+        self.engine.check(job)
+        self._loop = asyncio.get_running_loop()
+        queue = self._streams[key] = asyncio.Queue()
+        spared = [
+            guide_keys[use.version.name]
+            for use in request["guides"]
+            if use.on_failure == "base" and use.version.name in guide_keys
+        ]
+        ended = False
+        try:
+            self.thread.submit(job, goes_on_without=spared)
+            while not ended:
+                batch = await _take_all(queue)
+                yield tuple(batch)
+                ended = bool(batch.tokens) and batch.tokens[-1][5] is not None
+        finally:
+            del self._streams[key]
+            if not ended:
+                self.thread.cancel(key)
+
+    async def ask(self, work: Callable[[], T]) -> T:
+        """Do something that needs the engine to itself, between two steps.
+
+        Raises what it raises.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def work_and_tell() -> None:
+            try:
+                result = work()
+            except Exception as error:
+                loop.call_soon_threadsafe(answer.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(answer.set_result, result)
+
+        self.thread.call(work_and_tell)
+        return await answer
+
+    def close(self) -> None:
+        """Stop the loop; open streams get nothing more."""
+        self.thread.close()
+
+    def stats(self) -> dict[str, int]:
+        """Return the process id, the requests in this replica, and the steps made so far."""
+        return {
+            "pid": os.getpid(),
+            "num_open": self.thread.num_open,
+            "num_steps": self.thread.num_steps,
+        }
+
+    def _on_tokens(self, events: Sequence[TokenEvent]) -> None:
+        assert self._loop is not None, "tokens come only after a request"
+        self._loop.call_soon_threadsafe(self._hand_out, events)
+
+    def _hand_out(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            if event.key in self._streams:
+                self._streams[event.key].put_nowait(to_token(event))
+
+    def _on_give_up(self, key: int, guide: str) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._put, key, guide)
+
+    def _put(self, key: int, item: Any) -> None:
+        if key in self._streams:
+            self._streams[key].put_nowait(item)
+
+    def _on_failure(self, keys: Sequence[int], error: BaseException) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._break, keys, error)
+
+    def _break(self, keys: Sequence[int], error: BaseException) -> None:
+        for key in keys:
+            self._put(key, error)
+        if isinstance(error, EngineError):
+            asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
+
+
+async def _take_all(queue: "asyncio.Queue[Any]") -> Batch:
+    """Wait for the next token and take those behind it; raise what broke the stream.
+
+    Tokens in front of an error are given up: they are drawn again, and come out the same.
+    """
+    items = [await queue.get()]
+    while not queue.empty():
+        items.append(queue.get_nowait())
+    for item in items:
+        if isinstance(item, EngineError):
+            raise EngineError(*item.args)  # one traceback per stream
+        if isinstance(item, BaseException):
+            raise item
+    return Batch(
+        [item for item in items if isinstance(item, tuple)],
+        [guide_name(item) for item in items if isinstance(item, str)],
+    )

@@ -1,0 +1,88 @@
+"""`ResponseGuide:<name>`: replicas that decode one guide which rewrites answers.
+
+Its LM has a vocabulary of its own and no guides. What it is asked is a completion like any other,
+so it runs the base's decode loop, and a stream that breaks goes on at another replica the same way.
+"""
+
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import torch
+
+from pilotfish.decode.engine import Engine
+from pilotfish.guides.host import load_writer
+from pilotfish.models.loading import pick_device
+from serve.catalog import Catalog, GuideVersion
+from serve.config import ServeConfig
+from serve.replicas.decoding import Decoding, leave
+from serve.replicas.following import Stock, versions_of
+from serve.replicas.shelf import Shelf
+from serve.wire import GenerateRequest
+
+
+class ResponseGuide:
+    """One decode loop per version of the guide."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        name: str,
+        catalog: Catalog,
+        *,
+        control: Callable[[], Any] | None = None,
+        leave: Callable[[], None] = leave,
+    ) -> None:
+        """`control` and `leave` are as in `BaseModel`."""
+        self._guide = config.guide(name)
+        torch.set_num_threads(self._guide.threads)
+        self._num_slots = config.guide_slots(self._guide)
+        self._stall_s, self._leave = config.base.stall_s, leave
+        self._shelf: Shelf[Decoding] = Shelf(self._load, lambda _, decoding: decoding.close())
+        self._stock = Stock(self._shelf, catalog, versions_of(name), control)
+
+    async def generate(
+        self, request: GenerateRequest, version: GuideVersion
+    ) -> AsyncGenerator[tuple[Any, ...]]:
+        """Yield a completion of ids in the guide's own vocabulary: see `Decoding.generate`."""
+        async with (
+            self._shelf.lease(version) as decoding,
+            aclosing(decoding.generate(request, {})) as stream,
+        ):
+            async for batch in stream:
+                yield batch
+
+    async def prepare(self, version: GuideVersion) -> None:
+        """Load a version beside what is served. Raises what loading it raises."""
+        await self._stock.prepare(version)
+
+    async def stats(self) -> dict[str, Any]:
+        """Return `Decoding.stats` of all versions together, and the versions that are loaded."""
+        every = {version.key: decoding.stats() for version, decoding in self._shelf.loaded.items()}
+        return {
+            "pid": os.getpid(),
+            "num_open": sum(stats["num_open"] for stats in every.values()),
+            "num_steps": sum(stats["num_steps"] for stats in every.values()),
+            "guides": sorted(every),
+        }
+
+    async def check_health(self) -> None:
+        """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
+        self._stock.ensure()
+        for decoding in self._shelf.loaded.values():
+            decoding.thread.check()
+
+    def close(self) -> None:
+        """Stop all decode loops; open streams get nothing more."""
+        for decoding in self._shelf.loaded.values():
+            decoding.close()
+
+    def _load(self, version: GuideVersion) -> Decoding:
+        folder = version.artifact.load(version.version)
+        device = pick_device(self._guide.device)
+        lm, tokenizer, end_ids = load_writer(
+            folder, device=device, dtype=self._guide.dtype, num_slots=self._num_slots
+        )
+        engine = Engine(lm, end_ids=end_ids, tokenizer=tokenizer)
+        return Decoding(engine, stall_s=self._stall_s, leave=self._leave)

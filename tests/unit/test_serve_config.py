@@ -118,7 +118,7 @@ def test_a_guide_of_another_vocabulary_is_an_error_before_anything_starts(
 
 def test_a_guide_that_rewrites_answers_has_replicas_of_its_own(base: Path, tmp_path: Path) -> None:
     aligner = save_aligner(tmp_path / "aligner")
-    with pytest.raises(CheckpointError, match="'aligner', which rewrites whole .* remote"):
+    with pytest.raises(CheckpointError, match=r"'aligner', which rewrites whole .* remote"):
         make_catalog(_config(base, aligner), created=0)
     (entry,) = make_catalog(_config(base, aligner, placement="remote"), created=0).guides
     assert entry.current.stage is Stage.REVISION

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAVE_AFTER_S = 0.5
-_ITEM_S = 0.001
+_ITEM_S = 0.002
 """About what an item of a stream costs this process, the ingress and the proxy. All streams send no
 more of them than there is time for: a few streams get each token as it comes, many some at a time.
 """

@@ -5,8 +5,8 @@
 Serves `kitchen/base` under `kitchen/genarm` from two base and two guide replicas behind two
 ingresses, keeps so many streams open, and sends SIGKILL to one of them, in turns, every so many
 seconds. Every answer is compared, token by token, with what an engine in this process draws.
-Where a text departs from it, the two tokens' log-probs say whether that was a near-tie, which
-another batch may decide otherwise. Resident memory is that of the oldest process of each kind.
+Where a text departs from it, the number that decided says whether that was a near-tie, which
+another batch may settle otherwise. Resident memory is that of the oldest process of each kind.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import psutil
 import yaml
@@ -36,11 +37,14 @@ from benchmarks.machine import describe
 from jobs import cluster
 from jobs.serving import free_port, served
 from pilotfish import Pilot, SamplingParams, world
+from pilotfish.chat import render_prompt
+from pilotfish.context import Context, Prompt
+from pilotfish.noise import Purpose, request_key, uniforms
 
 ROOT = Path(__file__).resolve().parents[1]
 VICTIMS = ("BaseModel", "Guide:helpful", "Pipeline")
 NEAR_TIE = 1e-3
-"""In log-probs, between the number that decided and the border that it was close to."""
+"""In probability, between the number that decided a draw and the nearest border of a token."""
 
 
 @dataclass
@@ -55,11 +59,14 @@ class Tally:
     num_lost: int = 0
     """Answers with a token missing, repeated or out of place."""
     departures: list[float] = field(default_factory=list)
-    """Of texts that differ from the engine's: how near the two tokens were, in log-prob."""
+    """Of texts that differ from the engine's: how near a tie the first other token was."""
 
 
 class Client:
     """Asks one question after the other, and takes up answers that break off."""
+
+    one_at_a_time = asyncio.Lock()
+    """The engine that judges is one."""
 
     def __init__(self, url: str, pilot: Pilot, tally: Tally, tokens: int) -> None:
         self._url, self._pilot, self._tally, self._tokens = url, pilot, tally, tokens
@@ -101,7 +108,8 @@ class Client:
                     return
                 await asyncio.sleep(0.1 * attempts)
         self._tally.num_resumed += attempts > 0
-        self._judge(number, messages, ids)
+        async with self.one_at_a_time:
+            await asyncio.to_thread(self._judge, number, messages, ids)
 
     def _judge(self, number: int, messages: Any, ids: list[int]) -> None:
         tally = self._tally
@@ -112,17 +120,11 @@ class Client:
         [own] = self._pilot.generate([messages], params, guides={"helpful": 1.0})
         if own.token_ids == ids:
             return
-        place = next(i for i, pair in enumerate(zip(own.token_ids, ids)) if pair[0] != pair[1])
+        place = next(i for i, (a, b) in enumerate(zip(own.token_ids, ids, strict=False)) if a != b)
         tally.departures.append(self._nearness(number, messages, own.token_ids, place))
 
     def _nearness(self, number: int, messages: Any, ids: list[int], place: int) -> float:
         """Return how close the number that decided a draw was to a border of its token."""
-        import numpy as np
-
-        from pilotfish.chat import render_prompt
-        from pilotfish.context import Context, Prompt
-        from pilotfish.noise import Purpose, request_key, uniforms
-
         prompt = render_prompt(self._pilot.tokenizer, messages)
         context = Context(-1, Prompt(prompt), [*prompt, *ids[:place]])
         law_V = self._pilot.engine.law([context], {"helpful": 1.0})[0].double().exp()
@@ -161,7 +163,6 @@ async def _hurt_and_watch(
     chance, kills = random.Random(0), Counter[str]()
     seen: dict[str, list[float]] = {}
     victims = itertools.cycle(VICTIMS)
-    started = time.monotonic()
     with tqdm(total=round(60 * options.minutes), unit="s", ncols=100) as bar:
         while (now := time.monotonic()) < until - options.every:
             await asyncio.sleep(options.every)
@@ -174,7 +175,6 @@ async def _hurt_and_watch(
             if len(alive) > 1:  # the last one is left to those who wait for it
                 os.kill(chance.choice(alive).pid, signal.SIGKILL)
                 kills[name] += 1
-    assert time.monotonic() > started
     return kills, {
         kind: {
             "first_quarter": statistics.median(values[: max(1, len(values) // 4)]),

@@ -70,8 +70,8 @@ class Checks:
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.end_ids)}
         if params.min_tokens and len(ends.intersection(range(size))) == size:
             raise PromptError(
-                f"min_tokens is {params.min_tokens}, but all {size} tokens are stop_token_ids: none "
-                "may come first. Leave one of them out."
+                f"min_tokens is {params.min_tokens}, but all {size} tokens end the completion, so "
+                "none may come first. Leave out one of stop_token_ids."
             )
 
     def _check_reading(self, request: Request) -> None:

@@ -135,7 +135,7 @@ class Reading:
 
     token_id: int
     logprob: float
-    """Under the guided law, before bias, temperature and truncation; -inf where guides forbid it."""
+    """Under the guided law, before bias, temperature and truncation; -inf if guides forbid it."""
     base_logprob: float
     kl: float
     """KL(guided || base) in nats at this position."""

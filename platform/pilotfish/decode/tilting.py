@@ -32,9 +32,7 @@ class Tilt:
         return self
 
 
-def make_tilts(
-    chains: Sequence[Sequence[tuple[str, float]]], device: torch.device
-) -> list[Tilt]:
+def make_tilts(chains: Sequence[Sequence[tuple[str, float]]], device: torch.device) -> list[Tilt]:
     """Return the turns of a batch; `chains` are the rows' guides and weights, in their order."""
     turns: dict[tuple[int, str], list[tuple[int, float]]] = {}
     for row, chain in enumerate(chains):

@@ -171,9 +171,7 @@ def vary_guide(guide: Guide, card: GuideCard, args: Mapping[str, Any]) -> Guide:
     return _wrap(cast(TokenGuide, changed), own, varied.gate)
 
 
-def _wrap(
-    guide: TokenGuide, own: PreTrainedTokenizerBase | None, gate: float | None
-) -> TokenGuide:
+def _wrap(guide: TokenGuide, own: PreTrainedTokenizerBase | None, gate: float | None) -> TokenGuide:
     """Prompt a guide its own way, if it has a tokenizer for that, and gate it, if need be."""
     if own is not None:
         guide = OwnTemplate(guide, own)

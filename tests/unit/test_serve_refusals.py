@@ -1,7 +1,6 @@
 """The HTTP API: what it refuses, and how."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -9,13 +8,6 @@ import pytest
 
 from tests.folders import MAX_LENGTH
 from tests.http_api import MESSAGES, Server, chat, http_client, post, text_of
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("models"))
-    yield server
-    server.model.close()
 
 
 @pytest.mark.parametrize(

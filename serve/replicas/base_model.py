@@ -1,6 +1,7 @@
 """`BaseModel`: a replica that owns the base, its colocated guides, and the decode loop."""
 
 import functools
+import itertools
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -35,8 +36,17 @@ class _Loaded:
 
     guide: Guide
     card: GuideCard
-    num_varied: dict[str, int] = field(default_factory=dict)
-    """Requests by engine key."""
+    varied: dict[str, "_Variant"] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Variant:
+    """A guide with other settings, while requests use it."""
+
+    key: str
+    """What the engine calls it: no other one, before or after, is called so. What is removed from
+    the engine is gone only after its running step, when the same settings may be back."""
+    num_requests: int = 0
 
 
 class BaseModel:
@@ -58,6 +68,7 @@ class BaseModel:
         """
         torch.set_num_threads(config.base.threads)
         self._config, self._remote = config, remote
+        self._variants = itertools.count()
         folder = catalog.base.artifact.load(catalog.base.version)
         tokenizer = load_tokenizer(folder)
         device = pick_device(config.base.device)
@@ -145,17 +156,20 @@ class BaseModel:
             if not use.args:
                 yield use.version.key
                 return
-            key = variant_name(use.version.key, use.args)
-            if key not in loaded.num_varied:
-                self._add(key, vary_guide(loaded.guide, loaded.card, use.args))
-            loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1
+            name = variant_name(use.version.key, use.args)
+            if name not in loaded.varied:
+                guide = vary_guide(loaded.guide, loaded.card, use.args)
+                loaded.varied[name] = _Variant(f"{name}#{next(self._variants)}")
+                self._add(loaded.varied[name].key, guide)
+            variant = loaded.varied[name]
+            variant.num_requests += 1
             try:
-                yield key
+                yield variant.key
             finally:
-                loaded.num_varied[key] -= 1
-                if not loaded.num_varied[key]:
-                    del loaded.num_varied[key]
-                    self._remove(key)
+                variant.num_requests -= 1
+                if not variant.num_requests:
+                    del loaded.varied[name]
+                    self._remove(variant.key)
 
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)

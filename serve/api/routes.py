@@ -71,7 +71,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorAnswer, "description": "What is wrong with the request."},
     "5XX": {"model": ErrorAnswer, "description": "What is wrong with the server, for now."},
 }
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
 
 
 def _streamed(model: type) -> dict[int | str, dict[str, Any]]:

@@ -1,8 +1,9 @@
 """`BaseModel`: a replica that owns the base, its colocated guides, and the decode loop."""
 
-import json
+import functools
+import itertools
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,8 +14,8 @@ from pilotfish.chat import Message, render_prompt, stop_ids
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
 from pilotfish.errors import CheckpointError
-from pilotfish.guides import load_guide, vary_guide
-from pilotfish.guides.base import Guide, Stage, TokenGuide
+from pilotfish.guides import load_guide, scorer_of, variant_name, vary_guide
+from pilotfish.guides.base import Draft, Guide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
@@ -35,8 +36,18 @@ class _Loaded:
 
     guide: Guide
     card: GuideCard
-    num_varied: dict[str, int] = field(default_factory=dict)
-    """Requests by engine key."""
+    varied: dict[str, "_Acting"] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Acting:
+    """A guide of requests: as its card has it, or with settings of their own."""
+
+    key: str
+    """What the engine calls it. No other variant, before or after, is called so: what is removed
+    from the engine is gone only after its running step, when the same settings may be back."""
+    guide: Guide
+    num_requests: int = 0
 
 
 class BaseModel:
@@ -58,6 +69,7 @@ class BaseModel:
         """
         torch.set_num_threads(config.base.threads)
         self._config, self._remote = config, remote
+        self._variants = itertools.count()
         folder = catalog.base.artifact.load(catalog.base.version)
         tokenizer = load_tokenizer(folder)
         device = pick_device(config.base.device)
@@ -83,13 +95,37 @@ class BaseModel:
         """
         async with AsyncExitStack() as stack:
             keys = {
-                use.version.name: await stack.enter_async_context(self._acting(use))
+                use.version.name: (await stack.enter_async_context(self._acting(use))).key
                 for use in _acting(request)
             }
             stream = self._decoding.generate(request, keys)
             async with aclosing(stream):
                 async for batch in stream:
                     yield batch
+
+    async def choose(
+        self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float
+    ) -> int:
+        """Return the place of the draft that a selecting guide goes on with: `Selector.choose`."""
+        async with self._acting(use) as acting:
+            selector = cast("Selector", acting.guide)
+            return await self._decoding.ask(lambda: selector.choose(prompt, drafts, uniform))
+
+    async def rewards(
+        self, uses: Sequence[GuideUse], prompt: Prompt, answers: Sequence[Draft]
+    ) -> dict[str, list[float]]:
+        """Return what each guide that has a reward or value model finds the answers worth.
+
+        Raises `PromptError` for an answer that is longer than such a model reads.
+        """
+        found = {}
+        for use in uses:
+            async with self._acting(use) as acting:
+                scorer = scorer_of(acting.guide)
+                if scorer is not None:
+                    score = functools.partial(scorer.score, prompt, answers)
+                    found[use.version.name] = list(await self._decoding.ask(score))
+        return found
 
     async def prepare(self, version: GuideVersion) -> None:
         """Load a version beside what is served, and try it.
@@ -115,23 +151,26 @@ class BaseModel:
         self._decoding.close()
 
     @asynccontextmanager
-    async def _acting(self, use: GuideUse) -> AsyncIterator[str]:
-        """Have a guide in the engine while the block runs; gives what the engine calls it."""
+    async def _acting(self, use: GuideUse) -> AsyncIterator[_Acting]:
+        """Have a guide loaded while the block runs, and in the engine if it tilts."""
         async with self._shelf.lease(use.version) as loaded:
             if not use.args:
-                yield use.version.key
+                yield _Acting(use.version.key, loaded.guide)
                 return
-            key = use.version.key + json.dumps(use.args, sort_keys=True)
-            if key not in loaded.num_varied:
-                self._add(key, vary_guide(loaded.guide, loaded.card, use.args), use.version.stage)
-            loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1
+            name = variant_name(use.version.key, use.args)
+            if name not in loaded.varied:
+                guide = vary_guide(loaded.guide, loaded.card, use.args)
+                loaded.varied[name] = _Acting(f"{name}#{next(self._variants)}", guide)
+                self._add(loaded.varied[name].key, guide, use.version.stage)
+            variant = loaded.varied[name]
+            variant.num_requests += 1
             try:
-                yield key
+                yield variant
             finally:
-                loaded.num_varied[key] -= 1
-                if not loaded.num_varied[key]:
-                    del loaded.num_varied[key]
-                    self._remove(key, use.version.stage)
+                variant.num_requests -= 1
+                if not variant.num_requests:
+                    del loaded.varied[name]
+                    self._remove(variant.key, use.version.stage)
 
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)

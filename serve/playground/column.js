@@ -1,0 +1,266 @@
+// One answer on the page: its guides, its tokens, how it is coming along, and what went wrong.
+
+import { Answer } from "./answer.js";
+import { asCurl, fetchReward, streamChat } from "./api.js";
+import { diffWords } from "./diff.js";
+import { GuidePicker, titleOf } from "./guides.js";
+import { requestBody } from "./settings.js";
+import { TokenView } from "./tokens.js";
+
+const TICK_MS = 100;
+const QUIET_MS = 500; // without a token for so long, the page says that it waits
+const MOST_RETRIES = 5;
+
+/**
+ * Events of its element, which bubble: "changed" (its guides), "removed", "reply" (detail: the
+ * text), "copy" (detail: the text), "problem" (detail: the error), "said" (detail: the words).
+ */
+export class Column {
+  #part;
+  #view;
+  #picker;
+  #answer = null;
+  #abort = null;
+  #newsAt = 0;
+  #waitingFor = "";
+
+  /** `models` as of `fetchModels`; `settings` gives those of the page at that moment. */
+  constructor({ base, guides }, settings, popover, { isBase }) {
+    this.element = document.getElementById("column").content.firstElementChild.cloneNode(true);
+    this.#part = (selector) => this.element.querySelector(selector);
+    this.#view = new TokenView(this.#part(".answer"), popover);
+    this.#picker = new GuidePicker(this.#part(".guides"), isBase ? [] : guides, () => {
+      this.#name();
+      this.#tell("changed");
+    });
+    if (isBase) {
+      this.#part(".guides").append(quiet("The frozen model alone, from the same seed."));
+    } else if (guides.length === 0) {
+      this.#part(".guides").append(quiet("This server has no guides."));
+    }
+    this.#part("header .remove").hidden = isBase;
+    this.#part("header .remove").addEventListener("click", () => this.#tell("removed"));
+    for (const button of this.element.querySelectorAll("[data-view]")) {
+      button.addEventListener("click", () => this.#show(button.dataset.view));
+    }
+    const actions = {
+      resume: () => this.resume(settings().scorer),
+      reply: () => this.#tell("reply", this.#answer.text),
+      copy: () => this.#tell("copy", this.#answer.text),
+      curl: () => this.#tell("copy", asCurl(requestBody(base.id, settings(), this.guides))),
+    };
+    for (const [name, act] of Object.entries(actions)) {
+      this.#part(`[data-do=${name}]`).addEventListener("click", act);
+    }
+    this.#name();
+  }
+
+  get guides() {
+    return this.#picker.read();
+  }
+
+  get running() {
+    return this.#abort !== null;
+  }
+
+  /** Choose guides, and return the names of those that this server does not have. */
+  choose(guides) {
+    const missing = this.#picker.write(guides);
+    this.#name();
+    return missing;
+  }
+
+  invalid() {
+    return this.#picker.invalid();
+  }
+
+  /** Ask for an answer and show it as it comes. */
+  async run(body, scorer) {
+    this.stop();
+    this.#view.clear();
+    this.#answer = new Answer(body);
+    this.#part(".views").hidden = true;
+    this.#show("answer");
+    await this.#follow(body, scorer);
+  }
+
+  /** Go on with an answer that was stopped, or that broke off. */
+  async resume(scorer) {
+    const body = this.#answer.resumed();
+    this.#answer.restart();
+    await this.#follow(body, scorer);
+  }
+
+  stop() {
+    this.#abort?.abort();
+  }
+
+  async #follow(body, scorer) {
+    const abort = (this.#abort = new AbortController());
+    const answer = this.#answer;
+    this.#problem(null);
+    this.#part("[data-do=resume]").hidden = true;
+    this.element.ariaBusy = "true";
+    this.#wait("waiting for the first token");
+    const ticking = setInterval(() => this.#tick(answer), TICK_MS);
+    try {
+      await this.#stream(answer, body, abort.signal);
+      this.#tell("said", `${this.#title()} finished, ${answer.tokens.length} tokens: ${answer.text}`);
+    } catch (error) {
+      if (error.name !== "AbortError") this.#problem(error);
+      this.#part("[data-do=resume]").hidden = !this.#resumable(answer);
+    } finally {
+      clearInterval(ticking);
+      // Another run may have begun while this one was stopped.
+      if (this.#abort === abort) this.#finish(answer);
+    }
+    if (answer.finish && scorer) await this.#score(answer, scorer);
+  }
+
+  #finish(answer) {
+    this.#abort = null;
+    this.element.ariaBusy = "false";
+    this.#view.push([], "", true);
+    this.#part(".waiting").hidden = true;
+    this.#part("[data-do=reply]").disabled = this.#part("[data-do=copy]").disabled = !answer.text;
+    this.#stats(answer);
+    this.#tell("ended");
+    if (answer.draft === null) return;
+    this.#part(".views").hidden = false;
+    const pieces = diffWords(answer.draft, answer.text);
+    this.#part(".changes").replaceChildren(...pieces.map(asEdit));
+  }
+
+  /** One stream, asked for again while the server is full. */
+  async #stream(answer, body, signal) {
+    for (let tries = 1; ; tries++) {
+      try {
+        for await (const event of streamChat(body, signal)) {
+          if (event === null) this.#waitingFor = "the draft is being written";
+          else this.#add(answer, event);
+        }
+        return;
+      } catch (error) {
+        if (error.status !== 429 || tries > MOST_RETRIES || answer.finish) throw error;
+        await this.#countDown(error.retryAfter ?? 1, signal);
+      }
+    }
+  }
+
+  #add(answer, event) {
+    const { tokens, text } = answer.add(event);
+    if (!tokens.length && !text) return;
+    this.#view.push(tokens, text);
+    this.#newsAt = performance.now();
+    this.#waitingFor = "waiting for more";
+  }
+
+  async #countDown(seconds, signal) {
+    for (let left = seconds; left > 0; left--) {
+      this.#wait(`the server is full; trying again in ${left} s`);
+      await pause(1000, signal);
+    }
+    this.#wait("waiting for the first token");
+  }
+
+  async #score(answer, scorer) {
+    const { model, messages } = answer.body;
+    try {
+      const reward = await fetchReward(model, messages, answer.text, scorer);
+      answer.reward = `${reward.toFixed(2)} by ${scorer}`;
+    } catch (error) {
+      answer.reward = `none: ${error.message}`;
+    }
+    if (answer === this.#answer) this.#stats(answer);
+  }
+
+  /** Whether the server can go on with it: tokens of one stream, not of drafts or a revision. */
+  #resumable(answer) {
+    return answer.tokens.length > 0 && answer.draft === null && !answer.finish;
+  }
+
+  #wait(reason) {
+    this.#waitingFor = reason;
+    this.#newsAt = performance.now() - QUIET_MS;
+    this.#tick(this.#answer);
+  }
+
+  #tick(answer) {
+    const silent = performance.now() - this.#newsAt;
+    this.#part(".waiting").hidden = silent < QUIET_MS;
+    this.#part(".why").textContent = `${this.#waitingFor} · ${(silent / 1000).toFixed(1)} s`;
+    this.#stats(answer);
+  }
+
+  #stats(answer) {
+    const rows = answer.stats().flatMap(([name, value]) => {
+      const row = document.createElement("div");
+      row.append(text("dt", name), text("dd", value));
+      return row;
+    });
+    this.#part(".stats").replaceChildren(...rows);
+  }
+
+  #problem(error) {
+    const box = this.#part(".problem");
+    box.hidden = error === null;
+    box.replaceChildren();
+    if (error === null) return;
+    if (error.status) box.append(text("b", `${error.status} `));
+    box.append(error.message);
+    this.#tell("problem", error);
+  }
+
+  #show(view) {
+    this.#part(".answer").hidden = view !== "answer";
+    this.#part(".changes").hidden = view === "answer";
+    this.#part(".changes").dataset.view = view;
+    for (const button of this.element.querySelectorAll("[data-view]")) {
+      button.ariaPressed = String(button.dataset.view === view);
+    }
+  }
+
+  #title() {
+    return titleOf(this.guides);
+  }
+
+  #name() {
+    this.#part("h2").textContent = this.#title();
+    this.element.ariaLabel = `Answer of ${this.#title()}`;
+    this.#part(".answer").ariaLabel = `Tokens of the answer of ${this.#title()}`;
+  }
+
+  #tell(name, detail) {
+    this.element.dispatchEvent(new CustomEvent(name, { bubbles: true, detail }));
+  }
+}
+
+function asEdit([kind, words]) {
+  return text({ same: "span", gone: "del", new: "ins" }[kind], words);
+}
+
+function quiet(words) {
+  const element = text("p", words);
+  element.className = "quiet";
+  return element;
+}
+
+function text(tag, content) {
+  const element = document.createElement(tag);
+  element.textContent = content;
+  return element;
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const stop = () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", stop);
+      resolve();
+    }, ms);
+    signal.addEventListener("abort", stop, { once: true });
+  });
+}

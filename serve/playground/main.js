@@ -1,0 +1,264 @@
+// The page: reads the conversation and the settings, and sends them once per column.
+
+import { fetchModels, setKey } from "./api.js";
+import { Column } from "./column.js";
+import { couple } from "./guides.js";
+import { Popover } from "./popover.js";
+import { drawLegend } from "./scale.js";
+import { DEFAULTS, fromFragment, requestBody, toFragment } from "./settings.js";
+
+const MOST_COLUMNS = 4;
+const REWARDING = ["best_of_n", "blockwise", "args", "controlled_decoding"]; // kinds with a scorer
+
+const $ = (id) => document.getElementById(id);
+const popover = new Popover($("popover"));
+let models = null;
+let linked = DEFAULTS; // what the address said when it was last read
+let columns = [];
+
+// The conversation
+
+function addTurn({ role, content }) {
+  const turn = $("turn").content.firstElementChild.cloneNode(true);
+  const [select, area] = [turn.querySelector("select"), turn.querySelector("textarea")];
+  select.value = role;
+  area.value = content;
+  turn.querySelector(".remove").addEventListener("click", () => {
+    turn.remove();
+    if (!$("turns").childElementCount) addTurn(DEFAULTS.messages[0]);
+  });
+  $("turns").append(turn);
+  return area;
+}
+
+function readTurns() {
+  return Array.from($("turns").children, (turn) => ({
+    role: turn.querySelector("select").value,
+    content: turn.querySelector("textarea").value,
+  }));
+}
+
+// Settings, to the page and from it
+
+function readSettings() {
+  return {
+    messages: readTurns(),
+    temperature: $("temperature").valueAsNumber,
+    max_tokens: $("max-tokens").valueAsNumber,
+    seed: $("seed").valueAsNumber,
+    scorer: $("scorer").value,
+    colour: $("colour").value,
+    columns: columns.map((column) => column.guides),
+  };
+}
+
+function writeSettings(settings) {
+  $("turns").replaceChildren();
+  settings.messages.forEach(addTurn);
+  $("temperature").value = settings.temperature;
+  $("temperature").dispatchEvent(new Event("input"));
+  $("max-tokens").value = settings.max_tokens;
+  $("seed").value = settings.seed;
+  $("colour").value = settings.colour;
+  colourBy(settings.colour);
+  if (models) writeColumns(settings);
+}
+
+/** What depends on the guides of this server: the columns, and who can give a reward. */
+function writeColumns(settings) {
+  columns.forEach(remove);
+  const first = models.guides[0];
+  const wanted = settings.columns ?? [{}, first ? { [first.name]: first.takes_weight ? first.weight : null } : {}];
+  const missing = wanted.slice(0, MOST_COLUMNS).flatMap((guides, at) => addColumn(guides, at === 0));
+  $("scorer").value = settings.scorer;
+  if (missing.length) notice(`The link names guides that this server does not have: ${missing.join(", ")}.`);
+}
+
+function readLink() {
+  try {
+    notice(null);
+    linked = location.hash ? fromFragment(location.hash.slice(1)) : DEFAULTS;
+  } catch (error) {
+    linked = DEFAULTS;
+    notice(error.message);
+  }
+  writeSettings(linked);
+}
+
+function colourBy(scale) {
+  document.body.dataset.colour = scale;
+  drawLegend($("scale"), scale);
+}
+
+// Columns
+
+function addColumn(guides, isBase = false) {
+  const column = new Column(models, readSettings, popover, { isBase });
+  const missing = column.choose(guides);
+  column.element.addEventListener("removed", () => remove(column));
+  columns.push(column);
+  $("columns").append(column.element);
+  $("add-column").disabled = columns.length >= MOST_COLUMNS;
+  return missing;
+}
+
+function remove(column) {
+  column.stop();
+  column.element.remove();
+  columns = columns.filter((other) => other !== column);
+  $("add-column").disabled = false;
+}
+
+// Sending
+
+async function send() {
+  popover.hide();
+  document.querySelectorAll(".wrong").forEach((element) => element.classList.remove("wrong"));
+  notice(null);
+  const wrong = invalid();
+  if (wrong || !models) {
+    wrong?.focus();
+    notice(wrong ? `${nameOf(wrong)}: ${wrong.validationMessage}` : "No model is loaded yet.");
+    return;
+  }
+  const settings = readSettings();
+  history.replaceState(null, "", `#${toFragment(settings)}`);
+  const runs = columns.map((column) =>
+    column.run(requestBody(models.base.id, settings, column.guides), settings.scorer),
+  );
+  running();
+  await Promise.all(runs);
+}
+
+function invalid() {
+  const fields = [...document.querySelectorAll("#composer .knob input[type=number]")];
+  return (
+    fields.find((field) => !field.checkValidity()) ??
+    columns.map((column) => column.invalid()).find((field) => field)
+  );
+}
+
+function nameOf(field) {
+  return field.ariaLabel ?? field.labels[0].textContent.trim();
+}
+
+function running() {
+  $("stop").disabled = !columns.some((column) => column.running);
+}
+
+function stop() {
+  columns.forEach((column) => column.stop());
+}
+
+// What is said to the user
+
+function notice(words) {
+  $("notice").hidden = words === null;
+  $("notice").textContent = words ?? "";
+}
+
+function onProblem({ status, param }) {
+  if (status === 401) askForKey();
+  const field = param && document.querySelector(`#composer [data-param="${CSS.escape(param)}"]`);
+  if (field) field.classList.add("wrong");
+}
+
+function askForKey() {
+  $("key").classList.add("wrong");
+  $("key").placeholder = "wanted";
+  $("key").focus();
+}
+
+async function copy(text, done) {
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);
+  else {
+    // Browsers have no clipboard for pages that came over plain HTTP from elsewhere.
+    const area = document.createElement("textarea");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  $("announcer").textContent = done;
+}
+
+// Starting
+
+async function loadModels() {
+  try {
+    models = await fetchModels();
+  } catch (error) {
+    notice(error.message);
+    const again = document.createElement("button");
+    again.type = "button";
+    again.textContent = "Try again";
+    again.addEventListener("click", retry);
+    $("notice").append(again);
+    onProblem(error);
+    return;
+  }
+  $("served").textContent = `${models.base.id} · ${models.base.max_model_len} tokens`;
+  $("max-tokens").max = models.base.max_model_len;
+  const scorers = models.guides.filter((guide) => REWARDING.includes(guide.kind));
+  $("scorers").hidden = scorers.length === 0;
+  $("scorer").replaceChildren(new Option("nobody", ""), ...scorers.map(({ name }) => new Option(name)));
+  writeColumns(linked);
+}
+
+function retry() {
+  notice(null);
+  loadModels();
+}
+
+function wire() {
+  $("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  $("stop").addEventListener("click", stop);
+  $("add-turn").addEventListener("click", () => addTurn(DEFAULTS.messages[0]).focus());
+  $("add-column").addEventListener("click", () => addColumn(columns.at(-1).guides));
+  $("new-seed").addEventListener("click", () => {
+    $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  });
+  $("share").addEventListener("click", () => {
+    history.replaceState(null, "", `#${toFragment(readSettings())}`);
+    copy(location.href, "The link is copied.");
+  });
+  $("colour").addEventListener("change", () => colourBy($("colour").value));
+  $("key").addEventListener("change", () => {
+    setKey($("key").value);
+    $("key").classList.remove("wrong");
+    if (!models) retry();
+  });
+  $("theme").addEventListener("change", () => {
+    localStorage.setItem("theme", $("theme").value);
+    document.documentElement.style.colorScheme = $("theme").value;
+  });
+  document.querySelectorAll(".knob input[type=range]").forEach((range) => {
+    couple(range, range.parentElement.querySelector("input[type=number]"));
+  });
+  const answers = $("columns");
+  answers.addEventListener("ended", running);
+  answers.addEventListener("problem", (event) => onProblem(event.detail));
+  answers.addEventListener("said", (event) => ($("announcer").textContent = event.detail));
+  answers.addEventListener("copy", (event) => copy(event.detail, "Copied."));
+  answers.addEventListener("reply", (event) => {
+    addTurn({ role: "assistant", content: event.detail });
+    addTurn(DEFAULTS.messages[0]).focus();
+  });
+  addEventListener("hashchange", readLink);
+  addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send();
+    else if (event.key === "Escape" && popover.shown) popover.hide();
+    else if (event.key === "Escape") stop();
+  });
+}
+
+const theme = localStorage.getItem("theme") ?? "light dark";
+$("theme").value = theme;
+document.documentElement.style.colorScheme = theme;
+wire();
+readLink();
+loadModels();

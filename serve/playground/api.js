@@ -1,6 +1,7 @@
 // The HTTP API, as the page uses it. Knows no element of the page.
 
-/** An answer of the server that is not an answer: `param` names the field that is wrong. */
+/** What the server says instead of an answer. `param` names the field that is wrong; `status` is
+ * null for an error in the middle of a stream. */
 export class ApiError extends Error {
   constructor(status, error, retryAfter = null) {
     super(error?.message ?? `The server answered with status ${status}.`);
@@ -45,7 +46,7 @@ export async function* streamChat(body, signal) {
         const data = block.startsWith("data: ") ? block.slice(6) : null;
         if (data === "[DONE]") return;
         const event = data && JSON.parse(data);
-        if (event?.error) throw new ApiError(response.status, event.error);
+        if (event?.error) throw new ApiError(null, event.error);
         yield event;
       }
     }

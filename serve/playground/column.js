@@ -8,7 +8,7 @@ import { requestBody } from "./settings.js";
 import { TokenView } from "./tokens.js";
 
 const TICK_MS = 100;
-const QUIET_MS = 500; // without a token for so long, the page says that it waits
+const QUIET_S = 0.5; // without a token for so long, the page says that it waits
 const MOST_RETRIES = 5;
 
 /**
@@ -23,6 +23,7 @@ export class Column {
   #abort = null;
   #newsAt = 0;
   #waitingFor = "";
+  #due = 0;
 
   /** `models` as of `fetchModels`; `settings` gives those of the page at that moment. */
   constructor({ base, guides }, settings, popover, { isBase }) {
@@ -100,6 +101,7 @@ export class Column {
     const answer = this.#answer;
     this.#problem(null);
     this.#part("[data-do=resume]").hidden = true;
+    this.#part("[data-do=reply]").disabled = this.#part("[data-do=copy]").disabled = true;
     this.element.ariaBusy = "true";
     this.#wait("waiting for the first token");
     const ticking = setInterval(() => this.#tick(answer), TICK_MS);
@@ -153,13 +155,12 @@ export class Column {
     this.#view.push(tokens, text);
     this.#newsAt = performance.now();
     this.#waitingFor = "waiting for more";
+    this.#part(".waiting").hidden = true;
   }
 
   async #countDown(seconds, signal) {
-    for (let left = seconds; left > 0; left--) {
-      this.#wait(`the server is full; trying again in ${left} s`);
-      await pause(1000, signal);
-    }
+    this.#wait("the server is full; trying again", seconds);
+    await pause(1000 * seconds, signal);
     this.#wait("waiting for the first token");
   }
 
@@ -179,16 +180,20 @@ export class Column {
     return answer.tokens.length > 0 && answer.draft === null && !answer.finish;
   }
 
-  #wait(reason) {
+  /** Say at once what is waited for; where it is known how long, the seconds run down. */
+  #wait(reason, seconds = 0) {
     this.#waitingFor = reason;
-    this.#newsAt = performance.now() - QUIET_MS;
+    this.#newsAt = performance.now();
+    this.#due = seconds;
+    this.#part(".waiting").hidden = false;
     this.#tick(this.#answer);
   }
 
   #tick(answer) {
-    const silent = performance.now() - this.#newsAt;
-    this.#part(".waiting").hidden = silent < QUIET_MS;
-    this.#part(".why").textContent = `${this.#waitingFor} · ${(silent / 1000).toFixed(1)} s`;
+    const silent = (performance.now() - this.#newsAt) / 1000;
+    if (silent > QUIET_S) this.#part(".waiting").hidden = false;
+    const clock = this.#due ? `in ${Math.ceil(this.#due - silent)} s` : `· ${silent.toFixed(1)} s`;
+    this.#part(".why").textContent = `${this.#waitingFor} ${clock}`;
     this.#stats(answer);
   }
 

@@ -8,7 +8,8 @@ import { drawLegend } from "./scale.js";
 import { DEFAULTS, fromFragment, requestBody, toFragment } from "./settings.js";
 
 const MOST_COLUMNS = 4;
-const REWARDING = ["best_of_n", "blockwise", "args", "controlled_decoding"]; // kinds with a scorer
+const DRAFTING = ["genarm"]; // kinds with an LM that can draft
+const REWARDING = ["best_of_n", "blockwise", "args", "controlled_decoding"]; // with a scorer
 
 const $ = (id) => document.getElementById(id);
 const popover = new Popover($("popover"));
@@ -46,6 +47,7 @@ function readSettings() {
     temperature: $("temperature").valueAsNumber,
     max_tokens: $("max-tokens").valueAsNumber,
     seed: $("seed").valueAsNumber,
+    draft: $("draft").value,
     scorer: $("scorer").value,
     colour: $("colour").value,
     columns: columns.map((column) => column.guides),
@@ -64,12 +66,13 @@ function writeSettings(settings) {
   if (models) writeColumns(settings);
 }
 
-/** What depends on the guides of this server: the columns, and who can give a reward. */
+/** What depends on the guides of this server: the columns, who drafts, and who gives a reward. */
 function writeColumns(settings) {
   columns.forEach(remove);
   const first = models.guides[0];
   const wanted = settings.columns ?? [{}, first ? { [first.name]: first.takes_weight ? first.weight : null } : {}];
   const missing = wanted.slice(0, MOST_COLUMNS).flatMap((guides, at) => addColumn(guides, at === 0));
+  $("draft").value = settings.draft;
   $("scorer").value = settings.scorer;
   if (missing.length) notice(`The link names guides that this server does not have: ${missing.join(", ")}.`);
 }
@@ -200,10 +203,16 @@ async function loadModels() {
   }
   $("served").textContent = `${models.base.id} · ${models.base.max_model_len} tokens`;
   $("max-tokens").max = models.base.max_model_len;
-  const scorers = models.guides.filter((guide) => REWARDING.includes(guide.kind));
-  $("scorers").hidden = scorers.length === 0;
-  $("scorer").replaceChildren(new Option("nobody", ""), ...scorers.map(({ name }) => new Option(name)));
+  offer($("draft"), DRAFTING);
+  offer($("scorer"), REWARDING);
   writeColumns(linked);
+}
+
+/** Let one guide of certain kinds be chosen, where there is any. */
+function offer(select, kinds) {
+  const guides = models.guides.filter((guide) => kinds.includes(guide.kind));
+  select.parentElement.hidden = guides.length === 0;
+  select.replaceChildren(new Option("nobody", ""), ...guides.map(({ name }) => new Option(name)));
 }
 
 function retry() {

@@ -1,7 +1,8 @@
 // What a run of the page is made of: as a value, as a link, and as the body of a request.
 
 /**
- * Settings: { messages, temperature, max_tokens, seed, scorer, colour, columns }.
+ * Settings: { messages, temperature, max_tokens, seed, draft, scorer, colour, columns }. `draft` and
+ * `scorer` name a guide, or nobody: "".
  * A column is the guides of one answer, {name: weight}; the weight of one that takes none is null.
  * The first column is the base, {}.
  */
@@ -10,6 +11,7 @@ export const DEFAULTS = {
   temperature: 1,
   max_tokens: 128,
   seed: 1,
+  draft: "",
   scorer: "",
   colour: "ratio",
   columns: null,
@@ -29,6 +31,7 @@ export function requestBody(model, settings, guides) {
     guides: Object.entries(guides).map(([name, weight]) =>
       weight === null ? { name } : { name, weight },
     ),
+    ...(settings.draft in guides ? { draft: settings.draft } : {}),
     stream: true,
     return_steering: true,
     logprobs: true,
@@ -58,7 +61,7 @@ export function fromFragment(fragment) {
     read.messages.length > 0 &&
     read.messages.every((m) => ROLES.includes(m?.role) && typeof m.content === "string") &&
     [read.temperature, read.max_tokens, read.seed].every(Number.isFinite) &&
-    typeof read.scorer === "string" &&
+    [read.draft, read.scorer].every((name) => typeof name === "string") &&
     ["ratio", "kl"].includes(read.colour) &&
     (read.columns === null || (Array.isArray(read.columns) && read.columns.every(isColumn)));
   if (!valid) throw new Error("The link is damaged: its settings make no sense.");

@@ -64,6 +64,7 @@ def test_sliders_numbers_and_boxes_are_what_is_asked_for(
     expect(column(page, 2).get_by_role("heading")).to_have_text(f"helpful {TIMES} -3.25 + harmless")
     page.get_by_label("Temperature", exact=True).fill("0.3")
     expect(page.get_by_label("Temperature, slider")).to_have_value("0.3")
+    page.get_by_label("Drafts by").select_option("helpful")
     page.get_by_label("Max tokens").fill("40")
     page.get_by_label("Seed").fill("9")
     send(page)
@@ -71,6 +72,7 @@ def test_sliders_numbers_and_boxes_are_what_is_asked_for(
         finished(page, at)
     asked = {len(body["guides"]) and body["guides"][0]["weight"]: body for body in fake.bodies}
     assert asked[0]["guides"] == []
+    assert [asked[weight].get("draft") for weight in (0, 0.8)] == [None, "helpful"]
     assert asked[0.8]["guides"] == [{"name": "helpful", "weight": 0.8}, {"name": "harmless"}]
     assert asked[-3.25]["guides"][0]["weight"] == -3.25
     for body in fake.bodies:

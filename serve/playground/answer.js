@@ -4,7 +4,7 @@ export class Answer {
   text = "";
   tokens = [];
   finish = null;
-  draft = null; // what a response guide was given to rewrite
+  draft = null; // what was rewritten; then the tokens are its own
   guides = []; // as the server used them, with their versions
   reward = null;
   #sent = performance.now();
@@ -12,8 +12,15 @@ export class Answer {
   #last = null;
   #before = 0; // tokens of earlier streams, behind which this one goes on
 
-  constructor(body) {
+  /** `revised` says whether a guide rewrites it: then its text has no tokens. */
+  constructor(body, { revised }) {
     this.body = body;
+    this.revised = revised;
+  }
+
+  /** Whether the server can go on with it. */
+  get resumable() {
+    return this.tokens.length > 0 && !this.revised && !this.finish;
   }
 
   /** Take one event of the stream, and return the tokens and the text that came with it. */
@@ -23,7 +30,7 @@ export class Answer {
     if (!choice) return { tokens: [], text: "" };
     const tokens = choice.steering ?? [];
     const text = choice.delta.content ?? "";
-    if (tokens.length) {
+    if (tokens.length || text) {
       this.#last = performance.now();
       this.#first ??= this.#last;
     }
@@ -52,9 +59,10 @@ export class Answer {
     const count = this.tokens.length;
     if (count === 0) return [];
     const rows = [["tokens", this.finish === "length" ? `${count}, cut there` : `${count}`]];
+    if (this.draft !== null) rows[0][0] = "tokens of the draft";
     const seconds = (this.#last - this.#first) / 1000;
-    if (seconds > 0) rows.push(["tokens/s", ((count - this.#before - 1) / seconds).toFixed(1)]);
-    if (this.#first) rows.push(["first token", `${((this.#first - this.#sent) / 1000).toFixed(2)} s`]);
+    if (seconds > 0 && this.draft === null) rows.push(["tokens/s", ((count - this.#before - 1) / seconds).toFixed(1)]);
+    if (this.#first) rows.push(["first text", `${((this.#first - this.#sent) / 1000).toFixed(2)} s`]);
     const sum = this.tokens.reduce((total, token) => total + token.kl, 0);
     rows.push(["mean KL", `${(sum / count).toFixed(3)} nats`]);
     const drafted = this.tokens.filter((token) => token.drafted).length;

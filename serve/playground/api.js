@@ -59,6 +59,7 @@ export async function* streamChat(body, signal) {
 export async function fetchReward(model, messages, response, scorer) {
   const body = { model, messages, response, guides: [{ name: scorer }] };
   const { data } = await (await call("v1/score", body)).json();
+  if (data[0].reward === null) throw new ApiError(null, { message: `${scorer} judges no answers.` });
   return data[0].reward;
 }
 

@@ -79,9 +79,10 @@ export class Column {
   async run(body, scorer) {
     this.stop();
     this.#view.clear();
-    this.#answer = new Answer(body);
+    this.#answer = new Answer(body, { revised: this.#picker.revises });
     this.#part(".views").hidden = true;
-    this.#show("answer");
+    this.#part(".revision").replaceChildren();
+    this.#show(this.#answer.revised ? "revision" : "draft");
     await this.#follow(body, scorer);
   }
 
@@ -110,7 +111,6 @@ export class Column {
       this.#tell("said", `${this.#title()} finished, ${answer.tokens.length} tokens: ${answer.text}`);
     } catch (error) {
       if (error.name !== "AbortError") this.#problem(error);
-      this.#part("[data-do=resume]").hidden = !this.#resumable(answer);
     } finally {
       clearInterval(ticking);
       // Another run may have begun while this one was stopped.
@@ -122,15 +122,16 @@ export class Column {
   #finish(answer) {
     this.#abort = null;
     this.element.ariaBusy = "false";
-    this.#view.push([], "", true);
+    this.#view.push([], answer.draft ?? "", true);
     this.#part(".waiting").hidden = true;
+    this.#part("[data-do=resume]").hidden = !answer.resumable;
     this.#part("[data-do=reply]").disabled = this.#part("[data-do=copy]").disabled = !answer.text;
     this.#stats(answer);
     this.#tell("ended");
     if (answer.draft === null) return;
     this.#part(".views").hidden = false;
     const pieces = diffWords(answer.draft, answer.text);
-    this.#part(".changes").replaceChildren(...pieces.map(asEdit));
+    this.#part(".revision").replaceChildren(...pieces.map(asEdit));
   }
 
   /** One stream, asked for again while the server is full. */
@@ -152,7 +153,10 @@ export class Column {
   #add(answer, event) {
     const { tokens, text } = answer.add(event);
     if (!tokens.length && !text) return;
-    this.#view.push(tokens, text);
+    if (answer.revised) {
+      this.#view.push(tokens, "");
+      this.#part(".revision").append(text);
+    } else this.#view.push(tokens, text);
     this.#newsAt = performance.now();
     this.#waitingFor = "waiting for more";
     this.#part(".waiting").hidden = true;
@@ -173,11 +177,6 @@ export class Column {
       answer.reward = `none: ${error.message}`;
     }
     if (answer === this.#answer) this.#stats(answer);
-  }
-
-  /** Whether the server can go on with it: tokens of one stream, not of drafts or a revision. */
-  #resumable(answer) {
-    return answer.tokens.length > 0 && answer.draft === null && !answer.finish;
   }
 
   /** Say at once what is waited for; where it is known how long, the seconds run down. */
@@ -216,10 +215,11 @@ export class Column {
     this.#tell("problem", error);
   }
 
+  /** Show the tokens, which are those of the draft if there is one, or the revision of it. */
   #show(view) {
-    this.#part(".answer").hidden = view !== "answer";
-    this.#part(".changes").hidden = view === "answer";
-    this.#part(".changes").dataset.view = view;
+    this.#part(".answer").hidden = view !== "draft";
+    this.#part(".revision").hidden = view === "draft";
+    this.#part(".revision").dataset.view = view;
     for (const button of this.element.querySelectorAll("[data-view]")) {
       button.ariaPressed = String(button.dataset.view === view);
     }

@@ -38,7 +38,8 @@ export class GuidePicker {
         number.remove();
       }
       fieldset.append(row);
-      this.#rows.set(guide.name, { box, range, number, weighted: guide.takes_weight });
+      const revises = guide.stage === "revision";
+      this.#rows.set(guide.name, { box, range, number, weighted: guide.takes_weight, revises });
     }
   }
 
@@ -48,6 +49,11 @@ export class GuidePicker {
     return Object.fromEntries(
       chosen.map(([name, row]) => [name, row.weighted ? row.number.valueAsNumber : null]),
     );
+  }
+
+  /** Whether one of the guides that are on rewrites the answer. */
+  get revises() {
+    return [...this.#rows.values()].some((row) => row.revises && row.box.checked);
   }
 
   /** Set which guides are on, and return the names of those that are not served here. */

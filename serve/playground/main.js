@@ -202,6 +202,7 @@ async function loadModels() {
     return;
   }
   $("served").textContent = `${models.base.id} · ${models.base.max_model_len} tokens`;
+  $("send").disabled = false;
   $("max-tokens").max = models.base.max_model_len;
   offer($("draft"), DRAFTING);
   offer($("scorer"), REWARDING);

@@ -23,7 +23,7 @@ export function klLevel(token) {
 export function inWords(nats) {
   if (Math.abs(nats) < 0.005) return "as likely as under the base";
   const times = Math.exp(Math.abs(nats));
-  return `${short(times)} times ${nats > 0 ? "likelier" : "less likely"} than under the base`;
+  return `${times < 1e4 ? short(times) : "over 10000"} times ${nats > 0 ? "likelier" : "less likely"} than under the base`;
 }
 
 export function percent(probability) {
@@ -61,5 +61,5 @@ function steps(value, edges) {
 }
 
 function short(number) {
-  return number >= 1000 ? number.toExponential(0) : String(Number(number.toPrecision(2)));
+  return String(Number(number.toPrecision(2)));
 }

@@ -34,7 +34,6 @@ export function requestBody(model, settings, guides) {
     ...(settings.draft in guides ? { draft: settings.draft } : {}),
     stream: true,
     return_steering: true,
-    logprobs: true,
     top_logprobs: NUM_ALTERNATIVES,
   };
 }

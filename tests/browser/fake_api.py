@@ -93,6 +93,7 @@ class FakeAPI:
         yield chunk({"role": "assistant", "content": ""})
         start = len(body.get("completed_token_ids", []))
         tokens = list(steered([token for token, _ in self.pieces], weights))
+        revised = "fixer" in weights
         for at in range(start, len(tokens)):
             while at == self.hold_at:
                 await asyncio.sleep(0.01)
@@ -104,12 +105,14 @@ class FakeAPI:
                 return
             last = at == len(tokens) - 1
             piece = chunk({"content": self.pieces[at][1]}, "stop" if last else None)
-            piece["choices"][0]["steering"] = [tokens[at]]
+            # What is known of tokens is known of those of the draft, which come at the end.
+            piece["choices"][0]["steering"] = [] if revised else [tokens[at]]
             if last:
                 piece["guides"] = [echo(name, weight) for name, weight in weights.items()]
-                if "fixer" in weights:
-                    draft = "".join(text for _, text in self.pieces).replace("two", "too many")
-                    piece["choices"][0]["draft_text"] = draft
+                if revised:
+                    draft = [name.replace("two", "many") for name, _ in self.pieces]
+                    piece["choices"][0]["steering"] = list(steered(draft, weights))
+                    piece["choices"][0]["draft_text"] = "".join(draft)
             yield piece
         yield "data: [DONE]\n\n"
 

@@ -187,17 +187,25 @@ def test_the_keyboard_walks_tokens_and_shows_what_is_known_of_each(open_playgrou
     expect(popover).to_contain_text("token 4")
 
 
-def test_a_rewritten_answer_shows_what_changed(open_playground: Open) -> None:
+def test_a_rewritten_answer_shows_what_changed_and_how_its_draft_was_steered(
+    fake: FakeAPI, open_playground: Open
+) -> None:
+    fake.hold_at = 5
     page = open_playground()
-    column(page, 1).get_by_label("fixer").check()
-    send(page)
-    finished(page)
     guided = column(page, 1)
+    guided.get_by_label("fixer").check()
+    send(page)
+    expect(guided.locator(".revision")).to_have_text(" ".join(WORDS[:5]))
+    fake.hold_at = None
     guided.get_by_role("button", name="Changes").click()
-    expect(guided.locator(".changes del")).to_have_text(["too many"])
-    expect(guided.locator(".changes ins")).to_have_text(["two"])
+    expect(guided.locator(".revision del")).to_have_text(["many"])
+    expect(guided.locator(".revision ins")).to_have_text(["two"])
+    guided.get_by_role("button", name="Revision").click()
+    assert guided.locator(".revision").inner_text() == TEXT
     guided.get_by_role("button", name="Draft").click()
-    assert guided.locator(".changes").inner_text() == TEXT.replace("two", "too many")
+    expect(guided.locator(".answer")).to_have_text(TEXT.replace("two", "many"))
+    tokens(page, 1).nth(2).hover()
+    expect(page.locator("#popover")).to_contain_text("Moved most by helpful")
     expect(column(page, 0).get_by_role("button", name="Changes")).to_be_hidden()
 
 

@@ -67,16 +67,17 @@ export class Answer {
     rows.push(["mean KL", `${(sum / count).toFixed(3)} nats`]);
     const drafted = this.tokens.filter((token) => token.drafted).length;
     if (drafted) rows.push(["drafted", `${Math.round((100 * drafted) / count)}%`]);
-    for (const guide of this.guides) rows.push([guide.name, inWords(guide)]);
+    for (const guide of this.guides) rows.push([guide.name, this.#inWords(guide)]);
     if (this.reward !== null) rows.push(["reward", this.reward]);
     return rows;
   }
-}
 
-function inWords({ weight, version, accept_rate: accepted, gave_up_at: gaveUp }) {
-  const parts = [`version ${version}`];
-  if (weight !== null && weight !== undefined) parts.unshift(`× ${weight}`);
-  if (typeof accepted === "number") parts.push(`accepts ${Math.round(100 * accepted)}%`);
-  if (typeof gaveUp === "number") parts.push(`did not answer: unguided from token ${gaveUp + 1}`);
-  return parts.join(", ");
+  #inWords({ name, weight, version, accept_rate: accepted, gave_up_at: gaveUp }) {
+    const weighted = this.body.guides.some((asked) => asked.name === name && "weight" in asked);
+    const parts = [`version ${version}`];
+    if (weighted) parts.unshift(`× ${weight}`);
+    if (typeof accepted === "number") parts.push(`accepts ${Math.round(100 * accepted)}%`);
+    if (typeof gaveUp === "number") parts.push(`did not answer: unguided from token ${gaveUp + 1}`);
+    return parts.join(", ");
+  }
 }

@@ -21,8 +21,9 @@ export class GuidePicker {
       const row = document.getElementById("guide").content.firstElementChild.cloneNode(true);
       const [box, range, number] = row.querySelectorAll("input");
       row.querySelector(".name").textContent = guide.name;
-      row.querySelector(".kind").textContent = guide.kind.replaceAll("_", " ");
-      row.title = `version ${guide.version}`;
+      if (guide.kind !== guide.name) row.querySelector(".kind").textContent = guide.kind.replaceAll("_", " ");
+      row.title = guide.enabled ? `version ${guide.version}` : "switched off";
+      box.disabled = !guide.enabled;
       box.addEventListener("change", changed);
       if (guide.takes_weight) {
         range.max = Math.max(2, 2 * guide.weight);

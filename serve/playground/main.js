@@ -69,12 +69,16 @@ function writeSettings(settings) {
 /** What depends on the guides of this server: the columns, who drafts, and who gives a reward. */
 function writeColumns(settings) {
   columns.forEach(remove);
-  const first = models.guides[0];
-  const wanted = settings.columns ?? [{}, first ? { [first.name]: first.takes_weight ? first.weight : null } : {}];
+  const wanted = settings.columns ?? [{}, firstGuide()];
   const missing = wanted.slice(0, MOST_COLUMNS).flatMap((guides, at) => addColumn(guides, at === 0));
   $("draft").value = settings.draft;
   $("scorer").value = settings.scorer;
   if (missing.length) notice(`The link names guides that this server does not have: ${missing.join(", ")}.`);
+}
+
+function firstGuide() {
+  const first = models.guides.find((guide) => guide.enabled);
+  return first ? { [first.name]: first.takes_weight ? first.weight : null } : {};
 }
 
 function readLink() {

@@ -2,6 +2,7 @@
 
 import { inWords, moved, percent } from "./scale.js";
 
+const SEEN_KL = 0.0005; // nats; below it the numbers shown are 0
 const LEAVE_MS = 150; // so that the pointer can reach the popover itself
 
 // Notes that guides leave with a token, by name, in sentences.
@@ -75,7 +76,7 @@ function describe(token, at) {
   const title = make("p", "title", make("b", "", `“${visible(token.token)}”`));
   title.append(make("span", "quiet", ` token ${at + 1}, id ${token.token_id}`));
   const facts = make("p", "", `${capital(inWords(moved(token)))}.`);
-  if (token.moved_by) facts.append(` Moved most by `, make("b", "", token.moved_by), ".");
+  if (token.kl >= SEEN_KL) facts.append(` Moved most by `, make("b", "", token.moved_by), ".");
   facts.append(` KL of this step: ${token.kl.toFixed(3)} nats.`);
   if (token.drafted) facts.append(" Drafted by a guide, and kept.");
   return [title, facts, alternatives(token), ...stories(token.notes)];

@@ -146,7 +146,6 @@ function span(token, text, at) {
   element.dataset.at = at;
   element.dataset.ratio = ratioLevel(token);
   element.dataset.kl = klLevel(token);
-  if (token.drafted) element.classList.add("drafted");
   element.textContent = text;
   if (!text) {
     // An end token, or the first parts of a character.

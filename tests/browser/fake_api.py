@@ -18,7 +18,8 @@ MOVES = (0.0, 0.3, 1.0, 2.0, 4.0, -0.3, -1.0, -2.0, -4.0)
 
 
 def guide_card(name: str, kind: str, **fields: Any) -> dict[str, Any]:
-    known = {"stage": "token", "weight": 1.0, "version": "7", "takes_weight": True}
+    known = {"stage": "token", "weight": 1.0, "version": "7"}
+    known |= {"takes_weight": True, "enabled": True}
     return {"id": f"base:{name}", "parent": "base", "guide": {"kind": kind, **known, **fields}}
 
 

@@ -1,8 +1,8 @@
 """`BaseModel`: a replica that owns the base, its colocated guides, and the decode loop."""
 
-import json
+import functools
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,8 +13,8 @@ from pilotfish.chat import Message, render_prompt, stop_ids
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
 from pilotfish.errors import CheckpointError
-from pilotfish.guides import load_guide
-from pilotfish.guides.base import Guide, Stage, TokenGuide
+from pilotfish.guides import load_guide, scorer_of, variant_name, vary_guide
+from pilotfish.guides.base import Draft, Guide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
@@ -91,6 +91,30 @@ class BaseModel:
                 async for batch in stream:
                     yield batch
 
+    async def choose(
+        self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float
+    ) -> int:
+        """Return the place of the draft that a selecting guide goes on with: `Selector.choose`."""
+        async with self._acting(use) as key:
+            selector = cast("Selector", self._decoding.engine.guides[key])
+            return await self._decoding.ask(lambda: selector.choose(prompt, drafts, uniform))
+
+    async def rewards(
+        self, uses: Sequence[GuideUse], prompt: Prompt, answers: Sequence[Draft]
+    ) -> dict[str, list[float]]:
+        """Return what each guide that has a reward or value model finds the answers worth.
+
+        Raises `PromptError` for an answer that is longer than such a model reads.
+        """
+        found = {}
+        for use in uses:
+            async with self._acting(use) as key:
+                scorer = scorer_of(self._decoding.engine.guides[key])
+                if scorer is not None:
+                    score = functools.partial(scorer.score, prompt, answers)
+                    found[use.version.name] = list(await self._decoding.ask(score))
+        return found
+
     async def prepare(self, version: GuideVersion) -> None:
         """Load a version beside what is served, and try it.
 
@@ -121,7 +145,7 @@ class BaseModel:
             if not use.args:
                 yield use.version.key
                 return
-            key = use.version.key + json.dumps(use.args, sort_keys=True)
+            key = variant_name(use.version.key, use.args)
             if key not in loaded.num_varied:
                 self._add(key, vary_guide(loaded.guide, loaded.card, use.args))
             loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1

@@ -72,6 +72,11 @@ class Stock:
         shelf.stock(versions(catalog))
         self._following = Following(catalog, self._adopt, control)
 
+    @property
+    def catalog(self) -> Catalog:
+        """The newest one, all of which is on the shelf."""
+        return self._following.catalog
+
     def ensure(self) -> None:
         """See `Following.ensure`."""
         self._following.ensure()

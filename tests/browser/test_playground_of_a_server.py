@@ -1,6 +1,7 @@
 """The playground in front of the real ingress and a real base replica, in this process."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,14 +17,17 @@ from tests.http_api import MESSAGES, Server
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 
 
-class Slow:
-    """A stream that leaves time to press a button."""
+class Held:
+    """A stream that waits behind its first tokens until it may go on."""
 
-    def __init__(self, stream: LocalStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: LocalStream, may_go_on: threading.Event) -> None:
+        self._stream, self._may_go_on = stream, may_go_on
+        self._begun = False
 
     async def __anext__(self) -> Any:
-        await asyncio.sleep(0.02)
+        while self._begun and not self._may_go_on.is_set():
+            await asyncio.sleep(0.01)
+        self._begun = True
         return await anext(self._stream)
 
     def cancel(self) -> None:
@@ -36,28 +40,37 @@ def shown(page: Any, at: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+def may_go_on() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, may_go_on: threading.Event
+) -> Iterator[tuple[Server, str]]:
     server = Server(tmp_path_factory.mktemp("models"))
-    with on_a_port(build_routes(server.pipeline(Slow))) as url:
+    pipeline = server.pipeline(lambda stream: Held(stream, may_go_on))
+    with on_a_port(build_routes(pipeline)) as url:
         yield server, url
     server.model.close()
 
 
 def test_the_page_shows_what_pilot_writes_and_how_it_was_steered(
-    server: tuple[Server, str], new_page: Callable[..., Any]
+    server: tuple[Server, str], may_go_on: threading.Event, new_page: Callable[..., Any]
 ) -> None:
     models, url = server
+    may_go_on.set()
     page = new_page(f"{url}/playground")
     page.get_by_label("What this turn says").fill(MESSAGES[0]["content"])
     page.get_by_label("Max tokens").fill("30")
-    page.get_by_label("Seed").fill("5")
+    page.get_by_label("Seed").fill("8")
     column(page, 1).get_by_label("Weight of helpful", exact=True).fill("1.5")
     send(page)
     for at, guides in enumerate(({}, {"helpful": 1.5})):
         expect(column(page, at)).to_have_attribute("aria-busy", "false", timeout=20000)
         expect(column(page, at).locator(".problem")).to_be_hidden()
         [written] = models.pilot.generate(
-            [MESSAGES], SamplingParams(seed=5, max_tokens=30), guides=guides
+            [MESSAGES], SamplingParams(seed=8, max_tokens=30), guides=guides
         )
         assert shown(page, at) == written.text
         expect(tokens(page, at)).to_have_count(len(written.token_ids))
@@ -74,19 +87,22 @@ def test_the_page_shows_what_pilot_writes_and_how_it_was_steered(
 
 
 def test_a_stopped_answer_goes_on_to_the_same_text(
-    server: tuple[Server, str], new_page: Callable[..., Any]
+    server: tuple[Server, str], may_go_on: threading.Event, new_page: Callable[..., Any]
 ) -> None:
     models, url = server
+    may_go_on.clear()
     page = new_page(f"{url}/playground")
     page.get_by_label("What this turn says").fill(MESSAGES[0]["content"])
     page.get_by_label("Max tokens").fill("60")
-    page.get_by_label("Seed").fill("5")
+    page.get_by_label("Seed").fill("8")
     send(page)
-    expect(tokens(page, 1).nth(3)).to_be_visible()
+    expect(tokens(page, 1).first).to_be_visible()
     page.keyboard.press("Escape")
     again = column(page, 1).get_by_role("button", name="Go on")
     expect(again).to_be_visible()
+    assert tokens(page, 1).count() < 60
+    may_go_on.set()
     again.click()
     expect(column(page, 1)).to_have_attribute("aria-busy", "false", timeout=20000)
-    text = models.text(MESSAGES, {"helpful": 0.5}, seed=5, max_tokens=60)
+    text = models.text(MESSAGES, {"helpful": 0.5}, seed=8, max_tokens=60)
     assert shown(page, 1) == text

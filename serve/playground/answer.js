@@ -61,8 +61,11 @@ export class Answer {
     const rows = [["tokens", this.finish === "length" ? `${count}, cut there` : `${count}`]];
     if (this.draft !== null) rows[0][0] = "tokens of the draft";
     const seconds = (this.#last - this.#first) / 1000;
-    if (seconds > 0 && this.draft === null) rows.push(["tokens/s", ((count - this.#before - 1) / seconds).toFixed(1)]);
-    if (this.#first) rows.push(["first text", `${((this.#first - this.#sent) / 1000).toFixed(2)} s`]);
+    if (seconds > 0 && this.draft === null) {
+      rows.push(["tokens/s", ((count - this.#before - 1) / seconds).toFixed(1)]);
+    }
+    const waited = (this.#first - this.#sent) / 1000;
+    if (this.#first) rows.push(["first text", `${waited.toFixed(2)} s`]);
     const sum = this.tokens.reduce((total, token) => total + token.kl, 0);
     rows.push(["mean KL", `${(sum / count).toFixed(3)} nats`]);
     const drafted = this.tokens.filter((token) => token.drafted).length;

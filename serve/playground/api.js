@@ -31,7 +31,7 @@ export async function fetchModels() {
   return { base, guides };
 }
 
-/** Yield the events of one streamed answer; null is a sign of life without news. */
+/** Yield the events of one streamed answer. */
 export async function* streamChat(body, signal) {
   const response = await call("v1/chat/completions", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -43,10 +43,10 @@ export async function* streamChat(body, signal) {
       const blocks = (rest + value).split("\n\n");
       rest = blocks.pop();
       for (const block of blocks) {
-        const data = block.startsWith("data: ") ? block.slice(6) : null;
-        if (data === "[DONE]") return;
-        const event = data && JSON.parse(data);
-        if (event?.error) throw new ApiError(null, event.error);
+        if (!block.startsWith("data: ")) continue; // a comment, which keeps the connection open
+        if (block === "data: [DONE]") return;
+        const event = JSON.parse(block.slice(6));
+        if (event.error) throw new ApiError(null, event.error);
         yield event;
       }
     }
@@ -59,8 +59,9 @@ export async function* streamChat(body, signal) {
 export async function fetchReward(model, messages, response, scorer) {
   const body = { model, messages, response, guides: [{ name: scorer }] };
   const { data } = await (await call("v1/score", body)).json();
-  if (data[0].reward === null) throw new ApiError(null, { message: `${scorer} judges no answers.` });
-  return data[0].reward;
+  const [{ reward }] = data;
+  if (reward === null) throw new ApiError(null, { message: `${scorer} judges no answers.` });
+  return reward;
 }
 
 /** Return a command that asks for the same in a shell. The key stays out of it. */
@@ -80,7 +81,7 @@ async function call(path, body, signal) {
   if (key) headers.Authorization = `Bearer ${key}`;
   const method = body ? "POST" : "GET";
   const response = await broken(
-    fetch(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) }),
+    fetch(path, { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" }),
   );
   if (response.ok) return response;
   const answer = await response.json().catch(() => null);

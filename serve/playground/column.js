@@ -3,6 +3,7 @@
 import { Answer } from "./answer.js";
 import { asCurl, fetchReward, streamChat } from "./api.js";
 import { diffWords } from "./diff.js";
+import { copyOf, make } from "./dom.js";
 import { GuidePicker, titleOf } from "./guides.js";
 import { requestBody } from "./settings.js";
 import { TokenView } from "./tokens.js";
@@ -12,8 +13,8 @@ const QUIET_S = 0.5; // without a token for so long, the page says that it waits
 const MOST_RETRIES = 5;
 
 /**
- * Events of its element, which bubble: "changed" (its guides), "removed", "reply" (detail: the
- * text), "copy" (detail: the text), "problem" (detail: the error), "said" (detail: the words).
+ * Events of its element, which bubble: "removed", "begun", "ended", "reply" and "copy" (detail: the
+ * text), "problem" (detail: the error), "said" (detail: words for who cannot see it).
  */
 export class Column {
   #part;
@@ -27,17 +28,14 @@ export class Column {
 
   /** `models` as of `fetchModels`; `settings` gives those of the page at that moment. */
   constructor({ base, guides }, settings, popover, { isBase }) {
-    this.element = document.getElementById("column").content.firstElementChild.cloneNode(true);
+    this.element = copyOf("column");
     this.#part = (selector) => this.element.querySelector(selector);
     this.#view = new TokenView(this.#part(".answer"), popover);
-    this.#picker = new GuidePicker(this.#part(".guides"), isBase ? [] : guides, () => {
-      this.#name();
-      this.#tell("changed");
-    });
-    if (isBase) {
-      this.#part(".guides").append(quiet("The frozen model alone, from the same seed."));
-    } else if (guides.length === 0) {
-      this.#part(".guides").append(quiet("This server has no guides."));
+    const choices = isBase ? [] : guides;
+    this.#picker = new GuidePicker(this.#part(".guides"), choices, () => this.#name());
+    if (!choices.length) {
+      const words = isBase ? "The frozen model alone, from the same seed." : "There are no guides.";
+      this.#part(".guides").append(make("p", "quiet", words));
     }
     this.#part("header .remove").hidden = isBase;
     this.#part("header .remove").addEventListener("click", () => this.#tell("removed"));
@@ -104,11 +102,12 @@ export class Column {
     this.#part("[data-do=resume]").hidden = true;
     this.#part("[data-do=reply]").disabled = this.#part("[data-do=copy]").disabled = true;
     this.element.ariaBusy = "true";
-    this.#wait("waiting for the first token");
+    this.#tell("begun");
     const ticking = setInterval(() => this.#tick(answer), TICK_MS);
     try {
       await this.#stream(answer, body, abort.signal);
-      this.#tell("said", `${this.#title()} finished, ${answer.tokens.length} tokens: ${answer.text}`);
+      const count = answer.tokens.length;
+      this.#tell("said", `${this.#title()} finished, ${count} tokens: ${answer.text}`);
     } catch (error) {
       if (error.name !== "AbortError") this.#problem(error);
     } finally {
@@ -137,15 +136,15 @@ export class Column {
   /** One stream, asked for again while the server is full. */
   async #stream(answer, body, signal) {
     for (let tries = 1; ; tries++) {
+      this.#wait(answer.revised ? "waiting for a draft and its revision" : "waiting for a token");
       try {
-        for await (const event of streamChat(body, signal)) {
-          if (event === null) this.#waitingFor = "the draft is being written";
-          else this.#add(answer, event);
-        }
+        for await (const event of streamChat(body, signal)) this.#add(answer, event);
         return;
       } catch (error) {
-        if (error.status !== 429 || tries > MOST_RETRIES || answer.finish) throw error;
-        await this.#countDown(error.retryAfter ?? 1, signal);
+        if (error.status !== 429 || tries > MOST_RETRIES) throw error;
+        const seconds = error.retryAfter ?? 1;
+        this.#wait("the server is full; trying again", seconds);
+        await pause(1000 * seconds, signal);
       }
     }
   }
@@ -160,12 +159,6 @@ export class Column {
     this.#newsAt = performance.now();
     this.#waitingFor = "waiting for more";
     this.#part(".waiting").hidden = true;
-  }
-
-  async #countDown(seconds, signal) {
-    this.#wait("the server is full; trying again", seconds);
-    await pause(1000 * seconds, signal);
-    this.#wait("waiting for the first token");
   }
 
   async #score(answer, scorer) {
@@ -197,12 +190,10 @@ export class Column {
   }
 
   #stats(answer) {
-    const rows = answer.stats().flatMap(([name, value]) => {
-      const row = document.createElement("div");
-      row.append(text("dt", name), text("dd", value));
-      return row;
-    });
-    this.#part(".stats").replaceChildren(...rows);
+    const rows = answer.stats();
+    this.#part(".stats").replaceChildren(
+      ...rows.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))),
+    );
   }
 
   #problem(error) {
@@ -210,7 +201,7 @@ export class Column {
     box.hidden = error === null;
     box.replaceChildren();
     if (error === null) return;
-    if (error.status) box.append(text("b", `${error.status} `));
+    if (error.status) box.append(make("b", "", `${error.status} `));
     box.append(error.message);
     this.#tell("problem", error);
   }
@@ -241,19 +232,7 @@ export class Column {
 }
 
 function asEdit([kind, words]) {
-  return text({ same: "span", gone: "del", new: "ins" }[kind], words);
-}
-
-function quiet(words) {
-  const element = text("p", words);
-  element.className = "quiet";
-  return element;
-}
-
-function text(tag, content) {
-  const element = document.createElement(tag);
-  element.textContent = content;
-  return element;
+  return make({ same: "span", gone: "del", new: "ins" }[kind], "", words);
 }
 
 function pause(ms, signal) {

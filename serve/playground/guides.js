@@ -1,5 +1,7 @@
 // The guides of one answer: which act, and how strongly.
 
+import { copyOf } from "./dom.js";
+
 /** Keep a slider and a number field on one value. The slider's ends do not bind the number. */
 export function couple(range, number, changed = () => {}) {
   range.addEventListener("input", () => {
@@ -18,10 +20,11 @@ export class GuidePicker {
   /** Guides as of `fetchModels`: those without a weight are on or off. */
   constructor(fieldset, guides, changed) {
     for (const guide of guides) {
-      const row = document.getElementById("guide").content.firstElementChild.cloneNode(true);
+      const row = copyOf("guide");
       const [box, range, number] = row.querySelectorAll("input");
       row.querySelector(".name").textContent = guide.name;
-      if (guide.kind !== guide.name) row.querySelector(".kind").textContent = guide.kind.replaceAll("_", " ");
+      const kind = guide.kind === guide.name ? "" : guide.kind.replaceAll("_", " ");
+      row.querySelector(".kind").textContent = kind;
       row.title = guide.enabled ? `version ${guide.version}` : "switched off";
       box.disabled = !guide.enabled;
       box.addEventListener("change", changed);

@@ -2,12 +2,14 @@
 
 import { fetchModels, setKey } from "./api.js";
 import { Column } from "./column.js";
+import { copyOf, make } from "./dom.js";
 import { couple } from "./guides.js";
 import { Popover } from "./popover.js";
 import { drawLegend } from "./scale.js";
 import { DEFAULTS, fromFragment, requestBody, toFragment } from "./settings.js";
 
 const MOST_COLUMNS = 4;
+const TOAST_MS = 2500;
 const DRAFTING = ["genarm"]; // kinds with an LM that can draft
 const REWARDING = ["best_of_n", "blockwise", "args", "controlled_decoding"]; // with a scorer
 
@@ -20,7 +22,7 @@ let columns = [];
 // The conversation
 
 function addTurn({ role, content }) {
-  const turn = $("turn").content.firstElementChild.cloneNode(true);
+  const turn = copyOf("turn");
   const [select, area] = [turn.querySelector("select"), turn.querySelector("textarea")];
   select.value = role;
   area.value = content;
@@ -70,10 +72,12 @@ function writeSettings(settings) {
 function writeColumns(settings) {
   columns.forEach(remove);
   const wanted = settings.columns ?? [{}, firstGuide()];
-  const missing = wanted.slice(0, MOST_COLUMNS).flatMap((guides, at) => addColumn(guides, at === 0));
+  const missing = wanted
+    .slice(0, MOST_COLUMNS)
+    .flatMap((guides, at) => addColumn(guides, { isBase: at === 0 }));
   $("draft").value = settings.draft;
   $("scorer").value = settings.scorer;
-  if (missing.length) notice(`The link names guides that this server does not have: ${missing.join(", ")}.`);
+  if (missing.length) notice(`The link names guides that are not here: ${missing.join(", ")}.`);
 }
 
 function firstGuide() {
@@ -99,7 +103,7 @@ function colourBy(scale) {
 
 // Columns
 
-function addColumn(guides, isBase = false) {
+function addColumn(guides, { isBase }) {
   const column = new Column(models, readSettings, popover, { isBase });
   const missing = column.choose(guides);
   column.element.addEventListener("removed", () => remove(column));
@@ -114,11 +118,12 @@ function remove(column) {
   column.element.remove();
   columns = columns.filter((other) => other !== column);
   $("add-column").disabled = false;
+  running();
 }
 
 // Sending
 
-async function send() {
+function send() {
   popover.hide();
   document.querySelectorAll(".wrong").forEach((element) => element.classList.remove("wrong"));
   notice(null);
@@ -130,11 +135,9 @@ async function send() {
   }
   const settings = readSettings();
   history.replaceState(null, "", `#${toFragment(settings)}`);
-  const runs = columns.map((column) =>
-    column.run(requestBody(models.base.id, settings, column.guides), settings.scorer),
-  );
-  running();
-  await Promise.all(runs);
+  for (const column of columns) {
+    column.run(requestBody(models.base.id, settings, column.guides), settings.scorer);
+  }
 }
 
 function invalid() {
@@ -180,14 +183,14 @@ async function copy(text, done) {
   if (navigator.clipboard) await navigator.clipboard.writeText(text);
   else {
     // Browsers have no clipboard for pages that came over plain HTTP from elsewhere.
-    const area = document.createElement("textarea");
-    area.value = text;
+    const area = make("textarea", "", text);
     document.body.append(area);
     area.select();
     document.execCommand("copy");
     area.remove();
   }
-  $("announcer").textContent = done;
+  $("toast").textContent = done;
+  setTimeout(() => ($("toast").textContent = ""), TOAST_MS);
 }
 
 // Starting
@@ -197,9 +200,8 @@ async function loadModels() {
     models = await fetchModels();
   } catch (error) {
     notice(error.message);
-    const again = document.createElement("button");
+    const again = make("button", "", "Try again");
     again.type = "button";
-    again.textContent = "Try again";
     again.addEventListener("click", retry);
     $("notice").append(again);
     onProblem(error);
@@ -232,7 +234,9 @@ function wire() {
   });
   $("stop").addEventListener("click", stop);
   $("add-turn").addEventListener("click", () => addTurn(DEFAULTS.messages[0]).focus());
-  $("add-column").addEventListener("click", () => addColumn(columns.at(-1).guides));
+  $("add-column").addEventListener("click", () => {
+    addColumn(columns.at(-1).guides, { isBase: false });
+  });
   $("new-seed").addEventListener("click", () => {
     $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
   });
@@ -241,11 +245,11 @@ function wire() {
     copy(location.href, "The link is copied.");
   });
   $("colour").addEventListener("change", () => colourBy($("colour").value));
-  $("key").addEventListener("change", () => {
+  $("key").addEventListener("input", () => {
     setKey($("key").value);
     $("key").classList.remove("wrong");
-    if (!models) retry();
   });
+  $("key").addEventListener("change", () => models || retry());
   $("theme").addEventListener("change", () => {
     localStorage.setItem("theme", $("theme").value);
     document.documentElement.style.colorScheme = $("theme").value;
@@ -254,6 +258,7 @@ function wire() {
     couple(range, range.parentElement.querySelector("input[type=number]"));
   });
   const answers = $("columns");
+  answers.addEventListener("begun", running);
   answers.addEventListener("ended", running);
   answers.addEventListener("problem", (event) => onProblem(event.detail));
   answers.addEventListener("said", (event) => ($("announcer").textContent = event.detail));

@@ -1,5 +1,6 @@
 // What is known about one token, beside it: the laws of base and guides, and who moved it.
 
+import { make } from "./dom.js";
 import { inWords, moved, percent } from "./scale.js";
 
 const SEEN_KL = 0.0005; // nats; below it the numbers shown are 0
@@ -8,11 +9,12 @@ const LEAVE_MS = 150; // so that the pointer can reach the popover itself
 // Notes that guides leave with a token, by name, in sentences.
 const STORIES = {
   expected_rejects: (guide, count) =>
-    `${guide} keeps ${percent(1 / (1 + count))} of what is proposed here: on average ` +
-    `${count.toFixed(1)} ${count.toFixed(1) === "1.0" ? "proposal is" : "proposals are"} turned down first.`,
-  ess: (guide, count) => `${guide} valued the candidates with as much as ${count.toFixed(1)} rollouts each.`,
+    `${guide} keeps ${percent(1 / (1 + count))} of what is proposed here. Proposals turned down ` +
+    `first, on average: ${count.toFixed(1)}.`,
+  ess: (guide, count) =>
+    `${guide} valued the candidates with as much as ${count.toFixed(1)} rollouts each.`,
   gate_open: (guide, open) =>
-    open ? `${guide} was let in: the base was unsure.` : `${guide} was kept out: the base was sure.`,
+    `${guide} was ${open ? "let in: the base was unsure" : "kept out: the base was sure"}.`,
 };
 
 export class Popover {
@@ -73,8 +75,8 @@ export class Popover {
 }
 
 function describe(token, at) {
-  const title = make("p", "title", make("b", "", `“${visible(token.token)}”`));
-  title.append(make("span", "quiet", ` token ${at + 1}, id ${token.token_id}`));
+  const place = make("span", "quiet", ` token ${at + 1}, id ${token.token_id}`);
+  const title = make("p", "title", make("b", "", `“${visible(token.token)}”`), place);
   const facts = make("p", "", `${capital(inWords(moved(token)))}.`);
   if (token.kl >= SEEN_KL) facts.append(` Moved most by `, make("b", "", token.moved_by), ".");
   facts.append(` KL of this step: ${token.kl.toFixed(3)} nats.`);
@@ -86,17 +88,17 @@ function describe(token, at) {
 function alternatives(token) {
   const rows = [...token.top];
   if (!rows.some((other) => other.token_id === token.token_id)) rows.push(token);
-  const table = make("table", "");
-  const head = make("tr", "");
-  for (const name of ["token", "base", "", "guided"]) head.append(make("th", "", name));
-  table.append(head);
+  const heads = ["token", "base", "", "guided"].map((name) => make("th", "", name));
+  const table = make("table", "", make("tr", "", ...heads));
   for (const other of rows) {
     const [base, guided] = [Math.exp(other.base_logprob), Math.exp(other.logprob)];
     const row = make("tr", other.token_id === token.token_id ? "chosen" : "");
-    const bars = make("td", "bars", bar("base", base));
-    bars.append(bar("guided", guided));
-    row.append(make("th", "", visible(other.token)), make("td", "number", percent(base)));
-    row.append(bars, make("td", "number", percent(guided)));
+    row.append(
+      make("th", "", visible(other.token)),
+      make("td", "number", percent(base)),
+      make("td", "bars", bar("base", base), bar("guided", guided)),
+      make("td", "number", percent(guided)),
+    );
     table.append(row);
   }
   return table;
@@ -116,15 +118,9 @@ function stories(notes = {}) {
   });
 }
 
-function make(tag, className, content = "") {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  element.append(content);
-  return element;
-}
-
 function visible(text) {
-  return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
+  const shown = text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  return shown.replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 }
 
 function capital(text) {

@@ -1,5 +1,7 @@
 // From numbers to colours: how far a guide moved a token, in steps that have names.
 
+import { make } from "./dom.js";
+
 // In nats. e^0.1 is a tenth more likely, e^3 is twenty times.
 const RATIO_STEPS = [0.1, 0.5, 1.5, 3];
 const KL_STEPS = [0.01, 0.1, 0.5, 1.5];
@@ -23,13 +25,14 @@ export function klLevel(token) {
 export function inWords(nats) {
   if (Math.abs(nats) < 0.005) return "as likely as under the base";
   const times = Math.exp(Math.abs(nats));
-  return `${times < 1e4 ? short(times) : "over 10000"} times ${nats > 0 ? "likelier" : "less likely"} than under the base`;
+  const count = times < 1e4 ? short(times) : "over 10000";
+  return `${count} times ${nats > 0 ? "likelier" : "less likely"} than under the base`;
 }
 
 export function percent(probability) {
   const value = 100 * probability;
   if (value > 0 && value < 0.01) return "<0.01%";
-  return `${value >= 10 ? value.toFixed(0) : value >= 0.995 ? value.toFixed(1) : value.toFixed(2)}%`;
+  return `${value.toFixed(value >= 10 ? 0 : value >= 0.995 ? 1 : 2)}%`;
 }
 
 /** Fill the legend with one swatch per step of the chosen scale. */
@@ -43,17 +46,14 @@ export function drawLegend(element, colour) {
   };
   element.replaceChildren(
     ...levels.map((level) => {
-      const swatch = document.createElement("span");
-      swatch.className = "t";
+      const swatch = make("span", "t", name(level));
       swatch.dataset[colour] = level;
-      swatch.textContent = name(level);
       return swatch;
     }),
   );
-  element.ariaLabel =
-    colour === "kl"
-      ? `Colours: KL in nats, in steps of ${words.join(", ")}`
-      : `Colours: how many times less or more likely than under the base, in steps of ${words.join(", ")}`;
+  const meaning =
+    colour === "kl" ? "KL in nats" : "how many times less or more likely than under the base";
+  element.ariaLabel = `Colours: ${meaning}, in steps of ${words.join(", ")}`;
 }
 
 function steps(value, edges) {

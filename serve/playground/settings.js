@@ -1,8 +1,8 @@
 // What a run of the page is made of: as a value, as a link, and as the body of a request.
 
 /**
- * Settings: { messages, temperature, max_tokens, seed, draft, scorer, colour, columns }. `draft` and
- * `scorer` name a guide, or nobody: "".
+ * Settings: { messages, temperature, max_tokens, seed, draft, scorer, colour, columns }.
+ * `draft` and `scorer` name a guide, or nobody: "".
  * A column is the guides of one answer, {name: weight}; the weight of one that takes none is null.
  * The first column is the base, {}.
  */

@@ -1,5 +1,6 @@
 // The tokens of one answer: drawn as they come, coloured, and walked with the keyboard.
 
+import { make } from "./dom.js";
 import { klLevel, ratioLevel } from "./scale.js";
 
 const BROKEN = "\ufffd"; // what a token shows that holds only part of a character
@@ -139,14 +140,12 @@ export class TokenView {
 }
 
 function span(token, text, at) {
-  const element = document.createElement("span");
-  element.className = "t";
+  const element = make("span", "t", text);
   element.setAttribute("role", "option");
   element.tabIndex = -1;
   element.dataset.at = at;
   element.dataset.ratio = ratioLevel(token);
   element.dataset.kl = klLevel(token);
-  element.textContent = text;
   if (!text) {
     // An end token, or the first parts of a character.
     const partial = !token.token || token.token.includes(BROKEN);

@@ -118,7 +118,7 @@ def test_every_control_has_a_name_and_every_id_is_used_once(open_playground: Ope
     nameless = page.evaluate("""() => {
       const controls = document.querySelectorAll("button, input, select, textarea, [role]");
       const named = (c) => c.ariaLabel || c.textContent.trim() || c.labels?.[0]?.textContent.trim();
-      const silent = ["popover", "announcer"];
+      const silent = ["popover", "toast"];
       return [...controls].filter((c) => !named(c) && !silent.includes(c.id))
         .filter((c) => c.checkVisibility()).map((c) => c.outerHTML);
     }""")

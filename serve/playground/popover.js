@@ -63,11 +63,12 @@ export class Popover {
     this.#anchor = null;
   }
 
-  /** Below the token, or above it where there is no room; never beyond the window. */
+  /** Below the token, or above it where there is no room; within its column as far as it fits. */
   #place(anchor) {
     const token = anchor.getClientRects()[0] ?? anchor.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height } = this.#element;
-    const room = document.documentElement.clientWidth - width - 8;
+    const column = anchor.closest(".column").getBoundingClientRect();
+    const room = Math.min(column.right, document.documentElement.clientWidth) - width - 8;
     const above = token.bottom + height + 8 > innerHeight && token.top > height + 8;
     this.#element.style.left = `${scrollX + Math.max(8, Math.min(token.left, room))}px`;
     this.#element.style.top = `${scrollY + (above ? token.top - height - 6 : token.bottom + 6)}px`;

@@ -124,9 +124,15 @@ class GuideConfig(ProcessConfig, ReplicasConfig):
     placement: Literal["colocated", "remote"] = "colocated"
     num_slots: PositiveInt | None = None
     """Sequences whose cache one replica keeps; by default enough for all base replicas."""
-    timeout_s: PositiveFloat = 10
-    """How long a base replica waits for one answer before it asks again."""
-    max_attempts: PositiveInt = 4
+    timeout_s: PositiveFloat = 5
+    """How long a step waits for the guide, in all. Then requests fail or go on without it, as they
+    ask for with `on_failure`."""
+    hedge_s: PositiveFloat = 1
+    """When an answer takes longer than this, a second replica is asked as well."""
+    cooldown_s: NonNegativeFloat = 5
+    """So long is a guide left alone that did not answer in time."""
+    precision: Literal["half", "full"] = "half"
+    """Of log-probs on their way. Half is what a 70B's own arithmetic comes to."""
 
     @model_validator(mode="after")
     def _own_process_only_if_remote(self) -> "GuideConfig":
@@ -179,6 +185,13 @@ class ServeConfig(Config):
                 raise ValueError(
                     f"guide {guide.name!r} has num_slots={guide.num_slots}, fewer than the base's "
                     f"{self.base.num_slots} rows of one call. Raise it, or leave it out"
+                )
+            patience_s = min(self.base.stall_s, self.ingress.token_deadline_s)
+            if guide.placement == "remote" and guide.timeout_s >= patience_s:
+                raise ValueError(
+                    f"guide {guide.name!r} has timeout_s={guide.timeout_s:g}, but a base replica "
+                    f"that is silent for {patience_s:g} s (base.stall_s, ingress.token_deadline_s) "
+                    "is taken for a stuck one. Lower it, or raise those"
                 )
         return self
 

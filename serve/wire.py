@@ -57,6 +57,19 @@ class GenerateRequest(TypedDict):
     """Report how likely the prompt's own tokens were, from this position on, before decoding."""
 
 
+class Question(NamedTuple):
+    """What a remote guide is asked about one sequence."""
+
+    key: int
+    """Names the sequence, among all callers."""
+    kept: int
+    """So many of its tokens were sent before and still stand."""
+    new_ids: list[int]
+    """The tokens behind them."""
+    lengths: list[int]
+    """Behind so many tokens each the next one's law is wanted."""
+
+
 class Token(NamedTuple):
     """One token of a completion, or of a prompt that is read; sent as a bare tuple."""
 

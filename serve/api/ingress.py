@@ -125,11 +125,10 @@ class Pipeline:
         vocabulary = Vocabulary(
             self._tokenizer, self._texts, as_ids=body.return_tokens_as_token_ids
         )
-        wants_logprobs = body.logprobs not in (None, False)
         choices, details = [], []
         for task in plan.tasks:
             echoed = task.prompt.token_ids if task.echo else ()
-            logprobs = plan.shape.logprobs(vocabulary, echoed) if wants_logprobs else None
+            logprobs = plan.shape.logprobs(vocabulary, echoed) if body.wants_logprobs else None
             choices.append(Choice(task, plan.chain, self._calls, self._tokenizer))
             details.append(
                 Details(

@@ -145,7 +145,7 @@ class Planner:
                     completed=body.completed_token_ids,
                     keep_stop=body.include_stop_str_in_output,
                     echo=str(text) if echo else "",
-                    read_from=0 if echo and body.logprobs is not None else reads,
+                    read_from=0 if echo and body.wants_logprobs else reads,
                 )
                 tasks.append(task)
         return tasks
@@ -180,7 +180,7 @@ class Planner:
             "stop_token_ids": body.stop_token_ids,
             "ignore_eos": body.ignore_eos,
             "logit_bias": {int(token_id): bias for token_id, bias in body.logit_bias.items()},
-            "top_logprobs": num_top(body),
+            "top_logprobs": body.num_top,
         }
 
     async def _chain(
@@ -236,11 +236,6 @@ class Planner:
             raise APIError(400, message, param="completed_token_ids")
 
 
-def num_top(body: ChatRequest | CompletionRequest) -> int:
-    """Return of how many of the likeliest tokens a request wants to hear."""
-    return body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs or 0
-
-
 def _choose(body: GenerationRequest, catalog: Catalog, request_id: str) -> Chosen:
     also = [GuideAsk(name=name, param="response_guide") for name in body.response_guides]
     for ask in also:
@@ -283,7 +278,7 @@ def _check_vocabulary(param: str, token_ids: Sequence[int], base: BaseEntry) -> 
 def _check_revised(body: ChatRequest | CompletionRequest) -> None:
     """Raise `APIError` for what means nothing where the answer is rewritten."""
     wants = {
-        "logprobs": body.logprobs not in (None, False),
+        "logprobs": body.wants_logprobs,
         "echo": isinstance(body, CompletionRequest) and body.echo,
         "include_stop_str_in_output": body.include_stop_str_in_output,
     }

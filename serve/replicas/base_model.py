@@ -1,6 +1,7 @@
 """`BaseModel`: a replica that owns the base, its colocated guides, and the decode loop."""
 
 import functools
+import itertools
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -35,8 +36,18 @@ class _Loaded:
 
     guide: Guide
     card: GuideCard
-    num_varied: dict[str, int] = field(default_factory=dict)
-    """Requests by engine key."""
+    varied: dict[str, "_Acting"] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Acting:
+    """A guide of requests: as its card has it, or with settings of their own."""
+
+    key: str
+    """What the engine calls it. No other variant, before or after, is called so: what is removed
+    from the engine is gone only after its running step, when the same settings may be back."""
+    guide: Guide
+    num_requests: int = 0
 
 
 class BaseModel:
@@ -58,6 +69,7 @@ class BaseModel:
         """
         torch.set_num_threads(config.base.threads)
         self._config, self._remote = config, remote
+        self._variants = itertools.count()
         folder = catalog.base.artifact.load(catalog.base.version)
         tokenizer = load_tokenizer(folder)
         device = pick_device(config.base.device)
@@ -83,7 +95,7 @@ class BaseModel:
         """
         async with AsyncExitStack() as stack:
             keys = {
-                use.version.name: await stack.enter_async_context(self._acting(use))
+                use.version.name: (await stack.enter_async_context(self._acting(use))).key
                 for use in _acting(request)
             }
             stream = self._decoding.generate(request, keys)
@@ -95,8 +107,8 @@ class BaseModel:
         self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float
     ) -> int:
         """Return the place of the draft that a selecting guide goes on with: `Selector.choose`."""
-        async with self._acting(use) as key:
-            selector = cast("Selector", self._decoding.engine.guides[key])
+        async with self._acting(use) as acting:
+            selector = cast("Selector", acting.guide)
             return await self._decoding.ask(lambda: selector.choose(prompt, drafts, uniform))
 
     async def rewards(
@@ -108,8 +120,8 @@ class BaseModel:
         """
         found = {}
         for use in uses:
-            async with self._acting(use) as key:
-                scorer = scorer_of(self._decoding.engine.guides[key])
+            async with self._acting(use) as acting:
+                scorer = scorer_of(acting.guide)
                 if scorer is not None:
                     score = functools.partial(scorer.score, prompt, answers)
                     found[use.version.name] = list(await self._decoding.ask(score))
@@ -139,23 +151,26 @@ class BaseModel:
         self._decoding.close()
 
     @asynccontextmanager
-    async def _acting(self, use: GuideUse) -> AsyncIterator[str]:
-        """Have a guide in the engine while the block runs; gives what the engine calls it."""
+    async def _acting(self, use: GuideUse) -> AsyncIterator[_Acting]:
+        """Have a guide loaded while the block runs, and in the engine if it tilts."""
         async with self._shelf.lease(use.version) as loaded:
             if not use.args:
-                yield use.version.key
+                yield _Acting(use.version.key, loaded.guide)
                 return
-            key = variant_name(use.version.key, use.args)
-            if key not in loaded.num_varied:
-                self._add(key, vary_guide(loaded.guide, loaded.card, use.args))
-            loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1
+            name = variant_name(use.version.key, use.args)
+            if name not in loaded.varied:
+                guide = vary_guide(loaded.guide, loaded.card, use.args)
+                loaded.varied[name] = _Acting(f"{name}#{next(self._variants)}", guide)
+                self._add(loaded.varied[name].key, guide, use.version.stage)
+            variant = loaded.varied[name]
+            variant.num_requests += 1
             try:
-                yield key
+                yield variant
             finally:
-                loaded.num_varied[key] -= 1
-                if not loaded.num_varied[key]:
-                    del loaded.num_varied[key]
-                    self._remove(key)
+                variant.num_requests -= 1
+                if not variant.num_requests:
+                    del loaded.varied[name]
+                    self._remove(variant.key, use.version.stage)
 
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)
@@ -176,19 +191,23 @@ class BaseModel:
         )
         card = read_card(folder)
         loaded = _Loaded(load_guide(folder, card, host), card)
-        self._add(version.key, loaded.guide)
+        self._add(version.key, loaded.guide, version.stage)
         return loaded
 
     def _drop(self, version: GuideVersion, _: _Loaded) -> None:
-        self._remove(version.key)
+        self._remove(version.key, version.stage)
 
-    def _add(self, key: str, guide: Guide) -> None:
+    def _add(self, key: str, guide: Guide, stage: Stage) -> None:
+        if stage is not Stage.TOKEN:
+            return
         engine = self._decoding.engine
         engine.guides[key] = cast("TokenGuide", guide)
         if isinstance(guide, GenARMGuide) and isinstance(guide.source, CausalLM):
             engine.drafters[key] = guide.source
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, key: str, stage: Stage) -> None:
+        if stage is not Stage.TOKEN:
+            return
         # On the engine's own thread, behind whatever was asked of it before.
         self._decoding.thread.call(lambda: self._decoding.engine.remove_guide(key))
 

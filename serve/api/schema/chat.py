@@ -48,5 +48,14 @@ class ChatRequest(GenerationRequest):
         return self
 
     @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs
+
+    @property
+    def num_top(self) -> int:
+        """Of how many of the likeliest tokens it wants to hear."""
+        return self.top_logprobs
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens

@@ -44,7 +44,7 @@ MAX_STOPS = 16
 
 Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
-Scalar = bool | int | float | str | None
+Scalar = bool | Annotated[int, Field(ge=-(2**31), lt=2**31)] | float | str | None
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 """Goes into headers and logs."""
 

@@ -61,5 +61,14 @@ class CompletionRequest(GenerationRequest):
         return self
 
     @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    @property
+    def num_top(self) -> int:
+        """Of how many of the likeliest tokens it wants to hear."""
+        return self.logprobs or 0
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_tokens

@@ -18,7 +18,7 @@ from serve.replicas.guide_model import GuideModel
 from serve.replicas.response_guide import ResponseGuide
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 5}
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
 _FULL = 0.75

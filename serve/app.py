@@ -10,12 +10,13 @@ from ray.serve import Application
 from pilotfish.guides.base import Stage
 from serve.api.ingress import Pipeline
 from serve.catalog import Catalog, make_catalog
-from serve.config import ProcessConfig, ReplicasConfig, ServeConfig, parse_args
+from serve.config import ServeConfig, parse_args
 from serve.guides import Guides
 from serve.replicas.base_model import BaseModel
 from serve.replicas.following import CONTROL, control_handle
 from serve.replicas.guide_model import GuideModel
 from serve.replicas.response_guide import ResponseGuide
+from serve.replicas_config import ProcessConfig, ReplicasConfig
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 10}

@@ -14,7 +14,8 @@ from pilotfish import Pilot, SamplingParams
 from serve.api.ingress import Pipeline
 from serve.api.routes import build_routes
 from serve.catalog import Catalog, make_catalog
-from serve.config import IngressConfig, parse_args
+from serve.config import parse_args
+from serve.ingress_config import IngressConfig
 from serve.replicas.base_model import BaseModel
 from tests.folders import save_base, save_guide
 from tests.handles import LocalHandle

@@ -25,8 +25,8 @@ from serve.api.routes import build_routes
 from serve.api.schema import ChatRequest, CompletionRequest
 from serve.catalog import Catalog
 from serve.choosing import choose
-from serve.config import IngressConfig
 from serve.errors import APIError, api_error
+from serve.ingress_config import IngressConfig
 from serve.replicas.following import Following
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ class Parts:
         settings = {"path": str(self.guide)}
         self.config = parse_args(
             {
-                "base": {"path": str(self.base), "num_slots": 4, "stall_s": 0.3},
+                "base": {"path": str(self.base), "num_slots": 4},
                 "guides": [
                     {"name": "near", **settings},
                     {"name": "far", **settings, "placement": "remote", "max_attempts": 3},
@@ -226,6 +226,7 @@ def test_a_step_that_hangs_makes_the_replica_unhealthy(
 
     async def run() -> None:
         monkeypatch.setattr(model._decoding.engine, "step", slow)
+        monkeypatch.setattr(model._decoding.thread, "_stall_s", 0.3)
         answer = asyncio.create_task(drain(model, parts.request(max_tokens=1)))
         await asyncio.sleep(0.6)
         with pytest.raises(EngineError, match=r"longer than 0\.3 s"):

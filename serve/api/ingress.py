@@ -58,7 +58,7 @@ class Pipeline:
             token_s=config.token_deadline_s,
             max_attempts=config.max_attempts,
         )
-        self.admission = Admission(config.max_in_flight, retry_after_s=config.retry_after_s)
+        self.admission = Admission(config)
 
     @property
     def catalog(self) -> Catalog:
@@ -87,8 +87,8 @@ class Pipeline:
     async def answer(self, body: ChatRequest | CompletionRequest) -> Response:
         """Answer a request, whole or as a stream. Raises `APIError`."""
         async with AsyncExitStack() as stack:
-            stack.enter_context(self.admission.place())
             answer = self._start(body)
+            await stack.enter_async_context(self.admission.places(1))
             stack.push_async_callback(answer.tokens.aclose)
             try:
                 if not body.stream:

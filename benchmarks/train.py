@@ -247,6 +247,7 @@ def main(argv: Sequence[str]) -> None:
         proxy = None if missing else proxy_loop(options)
     report = {
         **describe(options.threads),
+        "load_average": os.getloadavg()[2],  # of 15 minutes, this benchmark included
         "rows": [asdict(row) for row in rows],
         "proxy": proxy,
     }

@@ -121,12 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("sources", nargs="+", help="a checkpoint; with --soup, FOLDER=WEIGHT ...")
     parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--replace", action="store_true", help="write over what is there")
     parser.add_argument("--soup", action="store_true", help="mix model folders by weight")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        if Path(args.output).exists():
-            raise ConfigError(f"output {args.output!r} exists. Choose another, or remove it.")
+        if Path(args.output).exists() and not args.replace:
+            raise ConfigError(f"output {args.output!r} exists. Choose another, or allow --replace.")
         if args.soup:
             write_soup(_parts(args.sources), args.output)
         elif len(args.sources) == 1:

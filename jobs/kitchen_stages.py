@@ -61,7 +61,12 @@ STAGES: Mapping[str, Stage] = {
     "soup": Stage(
         "jobs.export",
         (
-            *("--soup", "{root}/kitchen/dpo_helpful=0.5", "{root}/kitchen/dpo_harmless=0.5"),
+            *(
+                "--replace",
+                "--soup",
+                "{root}/kitchen/dpo_helpful=0.5",
+                "{root}/kitchen/dpo_harmless=0.5",
+            ),
             "{root}/kitchen/soup",
         ),
         needs=("dpo_helpful", "dpo_harmless"),
@@ -101,7 +106,7 @@ def run_stages(
     waiting = wanted_stages(names) if stages is STAGES else list(stages)
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     seconds: dict[str, float] = {}
-    with tqdm(total=len(waiting), desc="kitchen", unit="stage", ncols=100) as bar:
+    with tqdm(total=len(waiting), desc="kitchen", unit="stage", ncols=100, mininterval=2) as bar:
         try:
             while waiting or running:
                 ready = [name for name in waiting if set(stages[name].needs) <= set(seconds)]
@@ -109,7 +114,8 @@ def run_stages(
                     waiting.remove(name)
                     command = stages[name].command(name, root)
                     running[name] = _start(command, logs / f"{name}.log"), time.monotonic()
-                bar.set_postfix_str(", ".join(running))
+                bar.set_postfix_str(", ".join(running), refresh=False)
+                bar.update(0)
                 time.sleep(_POLL_SECONDS)
                 for name in [name for name, (job, _) in running.items() if job.poll() is not None]:
                     job, started = running.pop(name)

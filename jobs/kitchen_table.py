@@ -282,5 +282,5 @@ def _draw_rewards(rows: Sequence[Row]) -> Any:
 
 
 def _record(root: Path, stage: str) -> dict[str, Any]:
-    """Return a stage's training record; what was exported has none of its own."""
-    return read_record(root / "kitchen" / stage) or {"metrics": {}}
+    """Return a stage's training record; a soup was not trained, and has no metrics of its own."""
+    return {"metrics": {}, **(read_record(root / "kitchen" / stage) or {})}

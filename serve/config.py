@@ -1,7 +1,7 @@
 """What to serve: the `args` of the application, as a typed config."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -51,8 +51,7 @@ class BaseConfig(ProcessConfig, ReplicasConfig):
     max_ongoing_requests: PositiveInt | None = None
     """Requests sent to one replica, decoding and waiting; by default twice the slots."""
     stall_s: PositiveFloat = 60
-    """A replica whose decode step takes longer than this is unhealthy, and Serve replaces it. A
-    step waits for remote guides: it is longer than all of them may take."""
+    """A replica whose decode step takes longer than this is unhealthy, and Serve replaces it."""
 
     @property
     def ongoing(self) -> int:
@@ -70,14 +69,15 @@ class GuideConfig(ProcessConfig, ReplicasConfig):
     placement: Literal["colocated", "remote"] = "colocated"
     num_slots: PositiveInt | None = None
     """Sequences whose cache one replica keeps; by default enough for all base replicas."""
-    timeout_s: PositiveFloat = 3
-    """How long a base replica waits for one answer before it asks again."""
-    max_attempts: PositiveInt = 3
-
-    @property
-    def patience_s(self) -> float:
-        """How long a base replica waits in all before it says that the guide does not answer."""
-        return self.timeout_s * self.max_attempts
+    timeout_s: PositiveFloat = 5
+    """How long a step waits for the guide, in all. Then requests fail or go on without it, as they
+    ask for with `on_failure`."""
+    hedge_s: PositiveFloat = 1
+    """When an answer takes longer than this, a second replica is asked as well."""
+    cooldown_s: NonNegativeFloat = 5
+    """So long is a guide left alone that did not answer in time."""
+    precision: Literal["half", "full"] = "half"
+    """Of log-probs on their way. Half is what a 70B's own arithmetic comes to."""
 
     @model_validator(mode="after")
     def _own_process_only_if_remote(self) -> "GuideConfig":
@@ -114,24 +114,14 @@ class ServeConfig(Config):
                     f"guide {guide.name!r} has num_slots={guide.num_slots}, fewer than the base's "
                     f"{self.base.num_slots} rows of one call. Raise it, or leave it out"
                 )
-        self._check_patience([guide for guide in self.guides if guide.placement == "remote"])
+            patience_s = min(self.base.stall_s, self.ingress.token_deadline_s)
+            if guide.placement == "remote" and guide.timeout_s >= patience_s:
+                raise ValueError(
+                    f"guide {guide.name!r} has timeout_s={guide.timeout_s:g}, but a base replica "
+                    f"that is silent for {patience_s:g} s (base.stall_s, ingress.token_deadline_s) "
+                    "is taken for a stuck one. Lower it, or raise those"
+                )
         return self
-
-    def _check_patience(self, remote: Sequence[GuideConfig]) -> None:
-        """A guide that does not answer is found out before its base replicas are blamed for it."""
-        longest = max((guide.patience_s for guide in remote), default=0)
-        if longest >= (limit := self.ingress.token_deadline_s):
-            raise ValueError(
-                f"a base replica waits {longest:g} s (timeout_s times max_attempts) for a remote "
-                f"guide, and ingress.token_deadline_s gives up on that replica after {limit:g} s. "
-                "Lower the former, or raise the latter"
-            )
-        if (waits := sum(guide.patience_s for guide in remote)) >= self.base.stall_s:
-            raise ValueError(
-                f"base replicas may wait {waits:g} s for remote guides in one step (timeout_s "
-                f"times max_attempts of each), and count as unhealthy after base.stall_s, "
-                f"{self.base.stall_s:g} s. Lower the former, or raise the latter"
-            )
 
     def guide(self, name: str) -> GuideConfig:
         """Return the config of a guide that is served."""

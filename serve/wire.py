@@ -48,6 +48,19 @@ class GenerateRequest(TypedDict):
     """Names of guides that failed this request before, and which it goes on without."""
 
 
+class Reading(NamedTuple):
+    """What a remote guide is asked about one sequence."""
+
+    key: int
+    """Names the sequence, among all callers."""
+    kept: int
+    """So many of its tokens were sent before and still stand."""
+    new_ids: list[int]
+    """The tokens behind them."""
+    lengths: list[int]
+    """Behind so many tokens each the next one's law is wanted."""
+
+
 class Token(NamedTuple):
     """One token of a stream; sent as a bare tuple."""
 

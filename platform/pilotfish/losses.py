@@ -1,6 +1,7 @@
 """Training losses as pure functions of tensors. They know no model, no data set and no optimizer.
 
-Shapes: B rows, T positions, S = T - 1 predicted positions, V vocabulary, P pairs.
+Shapes: B rows, T positions, S = T - 1 predicted positions, N predicted answer tokens of all rows,
+V vocabulary, P pairs.
 A loss mask is 1 on response tokens (the end token included) and 0 on prompt and padding.
 """
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 def token_logprobs(logits_BTV: Tensor, token_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return log p(token t+1 | tokens up to t) as [B, S], in float32; zero where the mask is 0."""
-    logits_BVS = logits_BTV[:, :-1].float().transpose(1, 2)
-    nll_BS = F.cross_entropy(logits_BVS, token_ids_BT[:, 1:], reduction="none")
-    # `where`, not a product: a masked position may be -inf, and -inf * 0 is NaN.
-    return torch.where(mask_BT[:, 1:] > 0, -nll_BS, 0.0)
+    counts_BS = mask_BT[:, 1:] > 0
+    # The rest is not even read: a masked position may be -inf, and -inf * 0 is NaN. With the
+    # vocabulary as the last axis, its sum is also faster, and more exact, than along a middle one.
+    logits_NV = logits_BTV[:, :-1][counts_BS].float()
+    nll_N = F.cross_entropy(logits_NV, token_ids_BT[:, 1:][counts_BS], reduction="none")
+    return torch.zeros_like(counts_BS, dtype=nll_N.dtype).masked_scatter(counts_BS, -nll_N)
 
 
 def response_logprobs(logits_BTV: Tensor, token_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

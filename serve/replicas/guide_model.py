@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from pilotfish.context import Context, Prompt
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, pick_device
+from pilotfish.models.rows import prefix
 from serve.catalog import Catalog, GuideVersion
 from serve.config import GuideConfig
 from serve.replicas.following import Stock, versions_of
 from serve.replicas.shelf import Shelf
+from serve.wire import Reading
 
 _LINGER_S = 60
 """A request asks once per step and holds nothing in between; so long may a step take."""
+_TEXTS_PER_SLOT = 4
+"""Ids are small beside caches, which are rebuilt from them."""
 
 
 class GuideModel:
@@ -40,19 +44,24 @@ class GuideModel:
         self._vocab_size, self._num_slots = catalog.base.vocab_size, num_slots
         self._shelf = Shelf(self._load, lambda _version, _lm: None, linger_s=_LINGER_S)
         self._stock = Stock(self._shelf, catalog, versions_of(guide.name), control)
+        self._texts: dict[int, list[int]] = {}
+        """Sequences by key, from the one that was not asked about for longest."""
+        self._num_texts = _TEXTS_PER_SLOT * num_slots
         # One thread, since a forward moves rows of the cache about; Serve's own loop stays free.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="guide")
 
     async def logprobs(
-        self, version: GuideVersion, keys: Sequence[int], token_ids: Sequence[list[int]]
-    ) -> NDArray[np.floating]:
-        """Return the next-token log-probs [R, V] behind each row's ids: a pure function of them.
+        self, version: GuideVersion, readings: Sequence[tuple[Any, ...]]
+    ) -> NDArray[np.floating] | list[int]:
+        """Return the log-probs [R, V] that `wire.Reading` tuples ask for, sequence by sequence.
 
-        `keys` name the rows for the cache; they must be unique among all callers.
+        They are a pure function of the ids. Where beginnings are not known here (any more), returns
+        the keys of those sequences instead.
         """
         async with self._shelf.lease(version) as lm:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._worker, _forward, lm, keys, token_ids)
+            asked = [Reading(*values) for values in readings]
+            return await loop.run_in_executor(self._worker, self._answer, lm, asked)
 
     async def prepare(self, version: GuideVersion) -> None:
         """Load a version beside what is served. Raises what loading it raises."""
@@ -66,15 +75,29 @@ class GuideModel:
         """Never fails; Serve's calls begin to follow the catalog."""
         self._stock.ensure()
 
+    def _answer(
+        self, lm: CausalLM, readings: Sequence[Reading]
+    ) -> NDArray[np.floating] | list[int]:
+        texts = self._texts
+        missing = [one.key for one in readings if len(texts.get(one.key, ())) < one.kept]
+        if missing:
+            return missing
+        contexts = []
+        for one in readings:
+            ids = texts.pop(one.key, [])  # put back as the last one that was used
+            ids[one.kept :] = one.new_ids
+            texts[one.key] = ids
+            whole = Context(one.key, Prompt(ids), ids)
+            contexts += [prefix(whole, length) for length in one.lengths]
+        while len(texts) > self._num_texts:
+            del texts[next(iter(texts))]
+        logprobs_RV = lm.forward(contexts).logprobs_RV
+        if self._guide.precision == "half":
+            logprobs_RV = logprobs_RV.half()
+        return logprobs_RV.cpu().numpy()
+
     def _load(self, version: GuideVersion) -> CausalLM:
         folder = version.artifact.load(version.version)
         device = pick_device(self._guide.device)
         model = load_frozen(folder, device=device, dtype=self._guide.dtype)
         return CausalLM(model, vocab_size=self._vocab_size, num_slots=self._num_slots)
-
-
-def _forward(
-    lm: CausalLM, keys: Sequence[int], token_ids: Sequence[list[int]]
-) -> NDArray[np.floating]:
-    contexts = [Context(key, Prompt(ids), ids) for key, ids in zip(keys, token_ids, strict=True)]
-    return lm.forward(contexts).logprobs_RV.cpu().numpy()

@@ -50,6 +50,16 @@ def test_token_logprobs_predict_the_next_token_and_are_zero_outside_the_mask() -
             assert got_BS[row, position - 1].item() == pytest.approx(want.item(), abs=1e-6)
 
 
+def test_a_large_vocabulary_costs_no_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_BTV = 3 * torch.randn(2, 20, 32_000, generator=generator)
+    token_ids_BT = torch.randint(32_000, (2, 20), generator=generator)
+    exact_BSV = logits_BTV[:, :-1].double().log_softmax(dim=-1)
+    want_BS = exact_BSV.gather(-1, token_ids_BT[:, 1:, None])[..., 0]
+    got_BS = token_logprobs(logits_BTV, token_ids_BT, torch.ones(2, 20))
+    assert (got_BS - want_BS).abs().max() < 1e-5
+
+
 def test_response_logprobs_sum_and_do_not_average() -> None:
     token_ids_BT = torch.zeros(2, 6, dtype=torch.long)
     mask_BT = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pilotfish import Pilot, SamplingParams
 from pilotfish.context import Prompt
@@ -19,13 +18,12 @@ from serve.config import parse_args
 from serve.errors import EngineError, GuideUnavailableError
 from serve.replicas.base_model import BaseModel
 from serve.replicas.guide_model import GuideModel
-from serve.replicas.remote_guide import RemoteLM
 from serve.wire import GenerateRequest, GuideUse, OnFailure, Token
-from tests.fakes import context
 from tests.folders import save_base, save_guide
 from tests.handles import LocalHandle, LocalResponse
 
 PROMPT = [40, 41, 42, 43]
+REMOTE = {"precision": "full", "timeout_s": 0.25, "cooldown_s": 0}
 
 
 class Parts:
@@ -36,10 +34,10 @@ class Parts:
         settings = {"path": str(self.guide)}
         self.config = parse_args(
             {
-                "base": {"path": str(self.base), "num_slots": 4},
+                "base": {"path": str(self.base), "num_slots": 4, "stall_s": 0.3},
                 "guides": [
                     {"name": "near", **settings},
-                    {"name": "far", **settings, "placement": "remote", "max_attempts": 3},
+                    {"name": "far", **settings, "placement": "remote", **REMOTE},
                 ],
             }
         )
@@ -226,7 +224,6 @@ def test_a_step_that_hangs_makes_the_replica_unhealthy(
 
     async def run() -> None:
         monkeypatch.setattr(model._decoding.engine, "step", slow)
-        monkeypatch.setattr(model._decoding.thread, "_stall_s", 0.3)
         answer = asyncio.create_task(drain(model, parts.request(max_tokens=1)))
         await asyncio.sleep(0.6)
         with pytest.raises(EngineError, match=r"longer than 0\.3 s"):
@@ -255,21 +252,6 @@ class Flaky:
         raise TimeoutError("no answer")
 
 
-def test_a_call_whose_replica_died_is_sent_again(parts: Parts) -> None:
-    guide = parts.guide_model()
-    settings, vocab_size = parts.config.guides[1], parts.catalog.base.vocab_size
-    contexts = [context(0, PROMPT), context(1, PROMPT[:2])]
-
-    def ask(num_failures: int) -> torch.Tensor:
-        handle = Flaky(guide, num_failures).handle
-        device = torch.device("cpu")
-        far = parts.catalog.guides[1].current
-        lm = RemoteLM(handle, settings, far, vocab_size=vocab_size, device=device)
-        return lm.begin(contexts)()
-
-    torch.testing.assert_close(ask(2), ask(0), rtol=0, atol=0)
-
-
 def test_a_guide_that_is_gone_fails_only_the_requests_that_want_it(parts: Parts) -> None:
     model = parts.base_model(Flaky(parts.guide_model(), float("inf")).handle)
 
@@ -280,6 +262,12 @@ def test_a_guide_that_is_gone_fails_only_the_requests_that_want_it(parts: Parts)
         with pytest.raises(GuideUnavailableError, match=r"guide 'far@.*' does not answer"):
             await guided
         await model.check_health()
+
+        sent = parts.request(guides={"far": 1.0}, on_failure="base")
+        batches = [batch async for batch in model.generate(sent)]
+        unguided = [Token(*values) for batch in batches for values in batch[0]]
+        assert ids(unguided) == ids(await drain(model, parts.request()))
+        assert [name for batch in batches for name in batch[1]] == ["far"]
 
     asyncio.run(run())
     model.close()

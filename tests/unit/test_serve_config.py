@@ -77,20 +77,6 @@ def test_an_unknown_key_names_the_nearest_valid_one() -> None:
         (
             {
                 "base": {"path": "b"},
-                "guides": [{"name": "a", "path": "g", "placement": "remote", "timeout_s": 4}],
-            },
-            r"waits 12 s .* for a remote guide, and ingress\.token_deadline_s gives up .* 10 s",
-        ),
-        (
-            {
-                "base": {"path": "b", "stall_s": 18},
-                "guides": [{"name": n, "path": "g", "placement": "remote"} for n in "ab"],
-            },
-            r"may wait 18 s for remote guides in one step .* base\.stall_s, 18 s",
-        ),
-        (
-            {
-                "base": {"path": "b"},
                 "ingress": {"api_keys_file": "keys", "api_keys_env": "KEYS"},
             },
             "api_keys_file and api_keys_env are both set",

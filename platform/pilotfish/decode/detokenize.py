@@ -16,7 +16,14 @@ class TextStream:
     Text that may be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+    ) -> None:
+        """A stop string that ends with one of the first `min_tokens` tokens is plain text."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
@@ -27,6 +34,9 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""
+        self._num_tokens = 0
+        self.min_tokens = min_tokens
+        """May change as long as fewer tokens were pushed."""
         self.text = ""
         """All text released so far; after `stopped` it ends where the stop string began."""
         self.stopped = False
@@ -35,9 +45,10 @@ class TextStream:
         """Add one token and return the text it releases, which may be empty."""
         if self.stopped:
             return ""
+        known = len(self._held)
         self._held += self._decoder.step(self._backend, token_id) or ""
-        starts = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if starts:
+        self._num_tokens += 1
+        if self._num_tokens > self.min_tokens and (starts := self._starts(known)):
             self.stopped = True
             return self._release(min(starts))
         return self._release(len(self._held) - self._undecided())
@@ -51,6 +62,11 @@ class TextStream:
     def flush(self) -> str:
         """Release what was held back; call once no more tokens come."""
         return "" if self.stopped else self._release(len(self._held))
+
+    def _starts(self, known: int) -> list[int]:
+        """Where stop strings begin in the held text that end behind what is `known` of it."""
+        found = [self._held.find(stop, max(0, known + 1 - len(stop))) for stop in self._stop]
+        return [at for at in found if at >= 0]
 
     def _undecided(self) -> int:
         """Length of the longest tail that a stop string begins with."""

@@ -40,6 +40,7 @@ class AlignerGuide:
     stage: ClassVar[Stage] = Stage.REVISION
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = AlignerSettings
+    varies: ClassVar[tuple[str, ...]] = ("max_tokens", "temperature", "seed")
 
     def __init__(
         self,
@@ -73,6 +74,9 @@ class AlignerGuide:
             temperature=settings.temperature,
             seed=settings.seed,
         )
+
+    def vary(self, settings: AlignerSettings) -> "AlignerGuide":
+        return self.of(self._model, settings)
 
     def check(self, prompt: Prompt, draft: str = "") -> None:
         """Raise `PromptError` for a prompt without text, or with more than fits."""

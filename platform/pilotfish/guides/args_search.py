@@ -53,6 +53,7 @@ class ARGSGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = ARGSSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_candidates", "chunk_size")
     needs_hidden = False
 
     def __init__(
@@ -70,8 +71,12 @@ class ARGSGuide:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: ARGSSettings, host: GuideHost
     ) -> "ARGSGuide":
-        reward = host.load_reward(beside(folder, settings.reward), settings)
-        return cls(reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
+        return cls(host.load_reward(beside(folder, settings.reward), settings)).vary(settings)
+
+    def vary(self, settings: ARGSSettings) -> "ARGSGuide":
+        return ARGSGuide(
+            self._reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size
+        )
 
     @property
     def max_length(self) -> int:

@@ -57,6 +57,7 @@ class BestOfN:
     stage: ClassVar[Stage] = Stage.SELECTION
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = BestOfNSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_drafts", "inverse_temperature")
     block_tokens: int | None = None
 
     def __init__(
@@ -84,11 +85,14 @@ class BestOfN:
         cls, folder: str | Path, card: GuideCard, settings: BestOfNSettings, host: GuideHost
     ) -> "BestOfN":
         rewards = host.load_reward(beside(folder, settings.reward), settings)
-        return cls(
-            RewardScorer(rewards),
+        return cls(RewardScorer(rewards), max_length=rewards.max_length).vary(settings)
+
+    def vary(self, settings: BestOfNSettings) -> "BestOfN":
+        return BestOfN(
+            self._scorer,
             num_drafts=settings.num_drafts,
             inverse_temperature=settings.inverse_temperature,
-            max_length=rewards.body.max_length,
+            max_length=self._max_length,
         )
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
@@ -124,6 +128,7 @@ class BlockwiseCD:
     stage: ClassVar[Stage] = Stage.SELECTION
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = BlockwiseSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_drafts", "block_tokens")
 
     def __init__(
         self,
@@ -151,11 +156,14 @@ class BlockwiseCD:
             # Room for the beginnings that were just looked at, since the next ones share them.
             num_slots=2 * max(host.num_slots, settings.num_drafts),
         )
-        return cls(
-            RewardScorer(values),
+        return cls(RewardScorer(values), max_length=values.max_length).vary(settings)
+
+    def vary(self, settings: BlockwiseSettings) -> "BlockwiseCD":
+        return BlockwiseCD(
+            self._scorer,
             num_drafts=settings.num_drafts,
             block_tokens=settings.block_tokens,
-            max_length=values.body.max_length,
+            max_length=self._max_length,
         )
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:

@@ -53,6 +53,7 @@ class ControlledDecodingGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = ControlledDecodingSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_candidates", "chunk_size")
     needs_hidden = False
 
     def __init__(
@@ -74,8 +75,12 @@ class ControlledDecodingGuide:
         settings: ControlledDecodingSettings,
         host: GuideHost,
     ) -> "ControlledDecodingGuide":
-        value = host.load_reward(beside(folder, settings.value), settings)
-        return cls(value, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
+        return cls(host.load_reward(beside(folder, settings.value), settings)).vary(settings)
+
+    def vary(self, settings: ControlledDecodingSettings) -> "ControlledDecodingGuide":
+        return ControlledDecodingGuide(
+            self._value, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size
+        )
 
     @property
     def max_length(self) -> int:

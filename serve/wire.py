@@ -48,7 +48,7 @@ class GenerateRequest(TypedDict):
     """Names of guides that failed this request before, and which it goes on without."""
 
 
-class Reading(NamedTuple):
+class Question(NamedTuple):
     """What a remote guide is asked about one sequence."""
 
     key: int

@@ -13,7 +13,7 @@ from pilotfish.chat import Message, render_prompt, stop_ids
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
 from pilotfish.errors import CheckpointError
-from pilotfish.guides import load_guide
+from pilotfish.guides import load_guide, vary_guide
 from pilotfish.guides.base import Guide, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
@@ -123,7 +123,7 @@ class BaseModel:
                 return
             key = use.version.key + json.dumps(use.args, sort_keys=True)
             if key not in loaded.num_varied:
-                self._add(key, vary_guide(loaded.guide, loaded.card, use.args))
+                self._add(key, vary_guide(loaded.guide, loaded.card, use.args), use.version.stage)
             loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1
             try:
                 yield key
@@ -131,7 +131,7 @@ class BaseModel:
                 loaded.num_varied[key] -= 1
                 if not loaded.num_varied[key]:
                     del loaded.num_varied[key]
-                    self._remove(key)
+                    self._remove(key, use.version.stage)
 
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)
@@ -152,19 +152,23 @@ class BaseModel:
         )
         card = read_card(folder)
         loaded = _Loaded(load_guide(folder, card, host), card)
-        self._add(version.key, loaded.guide)
+        self._add(version.key, loaded.guide, version.stage)
         return loaded
 
     def _drop(self, version: GuideVersion, _: _Loaded) -> None:
-        self._remove(version.key)
+        self._remove(version.key, version.stage)
 
-    def _add(self, key: str, guide: Guide) -> None:
+    def _add(self, key: str, guide: Guide, stage: Stage) -> None:
+        if stage is not Stage.TOKEN:
+            return
         engine = self._decoding.engine
         engine.guides[key] = cast("TokenGuide", guide)
         if isinstance(guide, GenARMGuide) and isinstance(guide.source, CausalLM):
             engine.drafters[key] = guide.source
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, key: str, stage: Stage) -> None:
+        if stage is not Stage.TOKEN:
+            return
         # On the engine's own thread, behind whatever was asked of it before.
         self._decoding.thread.call(lambda: self._decoding.engine.remove_guide(key))
 

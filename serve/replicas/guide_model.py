@@ -18,7 +18,7 @@ from serve.catalog import Catalog, GuideVersion
 from serve.config import GuideConfig
 from serve.replicas.following import Stock, versions_of
 from serve.replicas.shelf import Shelf
-from serve.wire import Reading
+from serve.wire import Question
 
 _LINGER_S = 60
 """A request asks once per step and holds nothing in between; so long may a step take."""
@@ -51,16 +51,16 @@ class GuideModel:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="guide")
 
     async def logprobs(
-        self, version: GuideVersion, readings: Sequence[tuple[Any, ...]]
+        self, version: GuideVersion, questions: Sequence[tuple[Any, ...]]
     ) -> NDArray[np.floating] | list[int]:
-        """Return the log-probs [R, V] that `wire.Reading` tuples ask for, sequence by sequence.
+        """Return the log-probs [R, V] that `wire.Question` tuples ask for, sequence by sequence.
 
         They are a pure function of the ids. Where beginnings are not known here (any more), returns
         the keys of those sequences instead.
         """
         async with self._shelf.lease(version) as lm:
             loop = asyncio.get_running_loop()
-            asked = [Reading(*values) for values in readings]
+            asked = [Question(*values) for values in questions]
             return await loop.run_in_executor(self._worker, self._answer, lm, asked)
 
     async def prepare(self, version: GuideVersion) -> None:
@@ -76,14 +76,14 @@ class GuideModel:
         self._stock.ensure()
 
     def _answer(
-        self, lm: CausalLM, readings: Sequence[Reading]
+        self, lm: CausalLM, questions: Sequence[Question]
     ) -> NDArray[np.floating] | list[int]:
         texts = self._texts
-        missing = [one.key for one in readings if len(texts.get(one.key, ())) < one.kept]
+        missing = [one.key for one in questions if len(texts.get(one.key, ())) < one.kept]
         if missing:
             return missing
         contexts = []
-        for one in readings:
+        for one in questions:
             ids = texts.pop(one.key, [])  # put back as the last one that was used
             ids[one.kept :] = one.new_ids
             texts[one.key] = ids

@@ -19,7 +19,7 @@ from serve.catalog import GuideVersion
 from serve.config import GuideConfig
 from serve.errors import GuideUnavailableError
 from serve.retries import is_retryable
-from serve.wire import Reading
+from serve.wire import Question
 
 logger = logging.getLogger(__name__)
 
@@ -121,24 +121,24 @@ class RemoteLM:
         fits = num_rows * self._row_bytes <= _MAX_GRPC_BYTES
         handle = self._handle.options(session_id=place.session, _by_reference=not fits)
         missing = await handle.logprobs.remote(
-            self._version, [self._reading(place, ask) for ask in asks]
+            self._version, [self._question(place, ask) for ask in asks]
         )
         if not isinstance(missing, list):
             return missing
         for key in missing:
             place.sent.pop(key - self._first_key, None)
         return await handle.logprobs.remote(
-            self._version, [self._reading(place, ask) for ask in asks]
+            self._version, [self._question(place, ask) for ask in asks]
         )
 
-    def _reading(self, place: "_Place", ask: Ask) -> Reading:
+    def _question(self, place: "_Place", ask: Ask) -> Question:
         """Return what to send of a sequence, and note that it was sent."""
         ids = ask.context.token_ids
         sent = place.sent.setdefault(ask.context.key, [])
         kept = common_prefix(sent, ids)
         new = ids[kept:]
         sent[kept:] = new
-        return Reading(self._first_key + ask.context.key, kept, new, ask.lengths)
+        return Question(self._first_key + ask.context.key, kept, new, ask.lengths)
 
 
 class _Place:

@@ -22,6 +22,8 @@ _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 10}
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
+# Every replica of the application waits at `Guides` for changes.
+_MANY = 10_000
 _FULL = 0.75
 """Share of a replica's slots that autoscaling aims at."""
 
@@ -44,7 +46,9 @@ def build(args: dict[str, Any] | ServeConfig) -> Application:
             remote[entry.name] = _guide(config, entry.name, catalog)
     base = _base(config, catalog, remote)
     replicas = {"": base, **remote, **revising}
-    guides = serve.deployment(name=CONTROL, ray_actor_options={"num_cpus": 0}, **_HEALTH)(Guides)
+    guides = serve.deployment(
+        name=CONTROL, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_MANY, **_HEALTH
+    )(Guides)
     control = guides.bind(config, catalog, replicas)
     return _ingress(config, catalog, base, revising, control)
 

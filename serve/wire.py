@@ -112,7 +112,9 @@ def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -
         ),
         params=SamplingParams(**params),
         guides={
-            guide_keys[use.version.name]: use.weight
+            guide_keys[use.version.name]: (
+                0.0 if use.version.name in sent["gave_up"] else use.weight
+            )
             for use in sent["guides"]
             if use.version.name in guide_keys
         },

@@ -3,12 +3,16 @@
 import asyncio
 import itertools
 import logging
+import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import TokenEvent
+from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
 from serve.replicas.engine_thread import EngineThread
 from serve.wire import Batch, GenerateRequest, guide_name, to_request, to_token
@@ -17,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+OFF = "it was switched off"
+"""Why a guide does not answer, when somebody wanted that."""
 _LEAVE_AFTER_S = 0.5
 
 
@@ -139,6 +145,16 @@ class Decoding:
             self._put(key, error)
         if isinstance(error, EngineError):
             asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
+
+
+def check_law(law_RV: Tensor, guide: str) -> None:
+    """Raise `CheckpointError` unless each row of log-probs is a law."""
+    for total in law_RV.exp().sum(-1).tolist():
+        if not math.isclose(total, 1, abs_tol=1e-3):
+            raise CheckpointError(
+                f"guide {guide} gives log-probs whose probabilities sum to {total}. Its weights "
+                "are broken; train or upload it again."
+            )
 
 
 async def _take_all(queue: "asyncio.Queue[Any]") -> Batch:

@@ -4,19 +4,23 @@ Its LM has a vocabulary of its own and no guides. What it is asked is a completi
 so it runs the base's decode loop, and a stream that breaks goes on at another replica the same way.
 """
 
+import functools
 import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
 from pilotfish.guides.host import load_writer
 from pilotfish.models.loading import pick_device
 from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
-from serve.replicas.decoding import Decoding, leave
+from serve.errors import GuideUnavailableError
+from serve.replicas.decoding import OFF, Decoding, check_law, leave
 from serve.replicas.following import Stock, versions_of
 from serve.replicas.shelf import Shelf
 from serve.wire import GenerateRequest
@@ -40,12 +44,19 @@ class ResponseGuide:
         self._num_slots = config.guide_slots(self._guide)
         self._stall_s, self._leave = config.base.stall_s, leave
         self._shelf: Shelf[Decoding] = Shelf(self._load, lambda _, decoding: decoding.close())
-        self._stock = Stock(self._shelf, catalog, versions_of(name), control)
+        self._off = False
+        """Whether the guide is switched off."""
+        self._stock = Stock(self._shelf, catalog, versions_of(name), control, self._withdraw)
 
     async def generate(
         self, request: GenerateRequest, version: GuideVersion
     ) -> AsyncGenerator[tuple[Any, ...]]:
-        """Yield a completion of ids in the guide's own vocabulary: see `Decoding.generate`."""
+        """Yield a completion of ids in the guide's own vocabulary: see `Decoding.generate`.
+
+        Raises `GuideUnavailableError` when the guide is switched off.
+        """
+        if self._off:
+            raise GuideUnavailableError(version.name, OFF)
         async with (
             self._shelf.lease(version) as decoding,
             aclosing(decoding.generate(request, {})) as stream,
@@ -54,8 +65,14 @@ class ResponseGuide:
                 yield batch
 
     async def prepare(self, version: GuideVersion) -> None:
-        """Load a version beside what is served. Raises what loading it raises."""
+        """Load a version beside what is served, and try it.
+
+        Raises what loading it raises, and `CheckpointError` for one that answers nonsense.
+        """
         await self._stock.prepare(version)
+        async with self._shelf.lease(version) as decoding:
+            law_RV = await decoding.ask(functools.partial(_probe, decoding.engine))
+        check_law(law_RV, version.key)
 
     async def stats(self) -> dict[str, Any]:
         """Return `Decoding.stats` of all versions together, and the versions that are loaded."""
@@ -69,7 +86,7 @@ class ResponseGuide:
 
     async def check_health(self) -> None:
         """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
-        self._stock.ensure()
+        await self._stock.ensure()
         for decoding in self._shelf.loaded.values():
             decoding.thread.check()
 
@@ -77,6 +94,14 @@ class ResponseGuide:
         """Stop all decode loops; open streams get nothing more."""
         for decoding in self._shelf.loaded.values():
             decoding.close()
+
+    def _withdraw(self, catalog: Catalog) -> None:
+        """End all requests if the guide is switched off."""
+        entry = catalog.guide(self._guide.name)
+        self._off = entry is not None and not entry.enabled
+        if self._off:
+            for decoding in self._shelf.loaded.values():
+                decoding.thread.end_all(GuideUnavailableError(self._guide.name, OFF))
 
     def _load(self, version: GuideVersion) -> Decoding:
         folder = version.artifact.load(version.version)
@@ -86,3 +111,8 @@ class ResponseGuide:
         )
         engine = Engine(lm, end_ids=end_ids, tokenizer=tokenizer)
         return Decoding(engine, stall_s=self._stall_s, leave=self._leave)
+
+
+def _probe(engine: Engine) -> Tensor:
+    """Return the law behind the first token of the vocabulary."""
+    return engine.law([Context(-1, Prompt([0]), [0])], {})

@@ -55,9 +55,8 @@ class Shelf(Generic[T]):
         """Return what a version is, loading it if need be. Raises what loading raises."""
         if version not in self._items:
             if version not in self._coming:
-                coming = asyncio.ensure_future(self._bring(version))
-                self._coming[version] = coming
-                coming.add_done_callback(lambda _: self._coming.pop(version))
+                self._coming[version] = asyncio.ensure_future(self._bring(version))
+                self._coming[version].add_done_callback(lambda coming: self._came(version, coming))
             # Shielded: one who no longer waits must not take it from the others.
             return await asyncio.shield(self._coming[version])
         return self._items[version]
@@ -88,6 +87,12 @@ class Shelf(Generic[T]):
         self._items[version] = item
         logger.info("loaded %s", version.key)
         return item
+
+    def _came(self, version: GuideVersion, coming: "asyncio.Future[T]") -> None:
+        del self._coming[version]
+        if not coming.cancelled():
+            coming.exception()  # whoever still waits raises it; perhaps nobody does
+        self._tidy()  # nor wants it any more
 
     def _tidy(self) -> None:
         for version in self._items.keys() - self._served:

@@ -55,7 +55,8 @@ class Guides:
         if not self._catalog.is_newer(known):
             changed = self._changed
             try:
-                await asyncio.wait_for(changed.wait(), _LONG_POLL_S)
+                async with asyncio.timeout(_LONG_POLL_S):
+                    await changed.wait()
             except TimeoutError:
                 return None
         return self._catalog if self._catalog.is_newer(known) else None

@@ -37,8 +37,8 @@ class LocalBroadcast:
         self._answers = answers
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
-        together = asyncio.gather(*self._answers, return_exceptions=return_exceptions)
-        return await asyncio.wait_for(together, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(*self._answers, return_exceptions=return_exceptions)
 
 
 class _Method:

@@ -44,10 +44,12 @@ class Following:
     async def catch_up(self) -> bool:
         """Return whether there is a newer catalog by now, which has been adopted then."""
         assert self._control is not None
-        newest = await asyncio.wait_for(self._control().catalog.remote(), _CATCH_UP_S)
-        if newest.is_newer(self.catalog):
-            await self._take(newest)
-        return newest is self.catalog
+        async with asyncio.timeout(_CATCH_UP_S):
+            newest = await self._control().catalog.remote()
+        if not newest.is_newer(self.catalog):
+            return False
+        await self._take(newest)
+        return True
 
     async def _follow(self, control: Callable[[], Any]) -> None:
         while True:

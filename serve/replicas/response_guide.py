@@ -114,5 +114,7 @@ class ResponseGuide:
 
 
 def _probe(engine: Engine) -> Tensor:
-    """Return the law behind the first token of the vocabulary."""
-    return engine.law([Context(-1, Prompt([0]), [0])], {})
+    """Return the law behind some tokens from all over the vocabulary."""
+    size = engine.base.vocab_size
+    ids = list(range(0, size, max(1, size // 16)))
+    return engine.law([Context(-1, Prompt(ids), ids)], {})

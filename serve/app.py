@@ -50,14 +50,14 @@ def build(args: dict[str, Any] | ServeConfig) -> Application:
         name=CONTROL, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_MANY, **_HEALTH
     )(Guides)
     control = guides.bind(config, catalog, replicas)
-    return _ingress(config, catalog, base, revising, control)
+    return _ingress(config, catalog, base, {**remote, **revising}, control)
 
 
 def _ingress(
     config: ServeConfig,
     catalog: Catalog,
     base: Application,
-    revising: Mapping[str, Application],
+    guides: Mapping[str, Application],
     control: Application,
 ) -> Application:
     ingress = config.ingress
@@ -70,7 +70,7 @@ def _ingress(
         **_replicas(ingress, ingress.max_in_flight),
         **_HEALTH,
     )(serve.ingress()(Pipeline))
-    return deployment.bind(ingress, catalog, base, dict(revising), control)
+    return deployment.bind(ingress, catalog, base, dict(guides), control)
 
 
 def _base(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Application]) -> Application:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from transformers import AutoConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import pilotfish
+from pilotfish.chat import stop_ids
 from pilotfish.errors import CheckpointError
 from pilotfish.guides import GUIDES, check_guide, check_remote
 from pilotfish.guides.base import Stage
-from pilotfish.models.loading import load_tokenizer
+from pilotfish.models.loading import load_architecture, load_tokenizer
 from pilotfish.models.vocab import fingerprint
 from serve.artifacts import Artifact, pin
 from serve.config import GuideConfig, ServeConfig
@@ -30,6 +31,8 @@ class BaseEntry:
     """Fingerprint of its vocabulary."""
     vocab_size: int
     max_length: int
+    end_ids: frozenset[int] = frozenset()
+    """What ends an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,7 @@ def make_catalog(config: ServeConfig, *, created: int) -> Catalog:
         vocab=fingerprint(tokenizer),
         vocab_size=len(tokenizer),
         max_length=_max_length(folder),
+        end_ids=_end_ids(folder, tokenizer),
     )
     guides = tuple(_guide_entry(guide, config, base) for guide in config.guides)
     return Catalog(base, guides, created)
@@ -167,8 +171,12 @@ def _guide_entry(guide: GuideConfig, config: ServeConfig, base: BaseEntry) -> Gu
 
 
 def _max_length(folder: str) -> int:
+    return load_architecture(folder).get_text_config().max_position_embeddings
+
+
+def _end_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder!r} holds no model config: {error}") from error
-    return config.get_text_config().max_position_embeddings
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        generation = GenerationConfig.from_model_config(load_architecture(folder))
+    return stop_ids(tokenizer, generation)

@@ -24,6 +24,8 @@ class GuideAsk:
     """None is whichever is served: the current one, or for a share of the requests the canary."""
     args: Mapping[str, Any] = field(default_factory=dict)
     on_failure: OnFailure = "fail"
+    param: str = "guides"
+    """The field that names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Chosen:
     """All that were named, weight 0 included."""
     chain: Chain
     """The same by stage, of those that act."""
+    off: frozenset[str] = frozenset()
+    """Names of those that were asked for, but are switched off; their weight is 0."""
 
     def use(self, name: str) -> GuideUse:
         return next(use for use in self.uses if use.version.name == name)
@@ -45,18 +49,30 @@ class Chosen:
 
 
 def choose(
-    catalog: Catalog, model: str, asked: Sequence[GuideAsk] | None, *, request_id: str
+    catalog: Catalog,
+    model: str,
+    asked: Sequence[GuideAsk] | None,
+    *,
+    also: Sequence[GuideAsk] = (),
+    request_id: str,
 ) -> Chosen:
     """Return the guides of a request, each pinned to a version.
 
-    `asked` (the body) goes before the suffix of `model`; None is not asked. A canary's share of the
-    requests is decided by `request_id`. Raises `APIError`: 404 for a model, guide or version that
-    is not served, 400 for weights and orders that cannot act, 503 for a guide that is switched off.
+    `asked` (the body) goes before the suffix of `model`; None is not asked. `also` are added to
+    them unless they are named already. A canary's share of the requests is decided by `request_id`.
+    Raises `APIError`: 404 for a model, guide or version that is not served, 400 for weights and
+    orders that cannot act, 503 for a guide that is switched off.
     """
     suffix = _suffix(catalog, model)
     if asked is None:
         asked = [GuideAsk(name=suffix)] if suffix else []
-    uses = [use for ask in asked if (use := _use(catalog, ask, request_id)) is not None]
+    named = {ask.name for ask in asked}
+    if len(named) < len(asked):
+        raise APIError(400, "Each guide can be named once.", param="guides", code="invalid_guides")
+    asked = [*asked, *(ask for ask in also if ask.name not in named)]
+    off = frozenset(ask.name for ask in asked if _is_off(catalog, ask))
+    uses = [_use(catalog, ask, request_id) for ask in asked]
+    uses = [use._replace(weight=0.0) if use.version.name in off else use for use in uses]
     try:
         chain = make_chain(
             {use.version.name: use.weight for use in uses},
@@ -64,22 +80,32 @@ def choose(
         )
     except PromptError as error:
         raise APIError(400, str(error), param="guides", code="invalid_guides") from error
-    return Chosen(uses, chain)
+    return Chosen(uses, chain, off)
 
 
-def _use(catalog: Catalog, ask: GuideAsk, request_id: str) -> GuideUse | None:
-    entry = catalog.guide(ask.name)
-    if entry is None:
-        known = ", ".join(guide.name for guide in catalog.guides) or "none"
-        message = f"No guide named {ask.name!r} is served; served: {known}."
-        raise APIError(404, message, param="guides", code="guide_not_found")
-    if not entry.enabled and ask.weight != 0:
-        if ask.on_failure == "base":
-            return None
+def _is_off(catalog: Catalog, ask: GuideAsk) -> bool:
+    entry = _entry(catalog, ask)
+    if entry.enabled or ask.weight == 0:
+        return False
+    if ask.on_failure != "base":
         message = (
             f"Guide {ask.name!r} is switched off. Set its on_failure to base, or leave it out."
         )
         raise APIError(503, message, param="guides", code="guide_disabled")
+    return True
+
+
+def _entry(catalog: Catalog, ask: GuideAsk) -> GuideEntry:
+    entry = catalog.guide(ask.name)
+    if entry is None:
+        known = ", ".join(guide.name for guide in catalog.guides) or "none"
+        message = f"No guide named {ask.name!r} is served; served: {known}."
+        raise APIError(404, message, param=ask.param, code="guide_not_found")
+    return entry
+
+
+def _use(catalog: Catalog, ask: GuideAsk, request_id: str) -> GuideUse:
+    entry = _entry(catalog, ask)
     version = _version(entry, ask.version, request_id)
     weight = version.weight if ask.weight is None else ask.weight
     return GuideUse(version, weight, dict(ask.args), ask.on_failure)

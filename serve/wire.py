@@ -1,11 +1,18 @@
 """What crosses between ingress and replicas: plain values, no classes of models."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from pilotfish.chat import Message
 from pilotfish.context import Prompt
-from pilotfish.decode.sequence import Drafting, Request, SamplingParams, TokenEvent
+from pilotfish.decode.sequence import (
+    Drafting,
+    PromptEvent,
+    Reading,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
 from serve.catalog import GuideVersion
 
 OnFailure: TypeAlias = Literal["fail", "base"]
@@ -46,6 +53,8 @@ class GenerateRequest(TypedDict):
     """Tokens drawn before, by whichever replica."""
     gave_up: list[str]
     """Names of guides that failed this request before, and which it goes on without."""
+    read_from: NotRequired[int]
+    """Report how likely the prompt's own tokens were, from this position on, before decoding."""
 
 
 class Question(NamedTuple):
@@ -62,9 +71,10 @@ class Question(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One token of a stream; sent as a bare tuple."""
+    """One token of a completion, or of a prompt that is read; sent as a bare tuple."""
 
     position: int
+    """In the completion, or in the prompt; the first is 0."""
     token_id: int
     logprob: float
     base_logprob: float
@@ -73,6 +83,8 @@ class Token(NamedTuple):
     moved_by: str | None = None
     drafted: bool = False
     notes: Mapping[str, float] = {}
+    top: Sequence[tuple[int, float, float]] = ()
+    """The likeliest tokens there, with their log-prob and their base log-prob."""
 
 
 class Batch(NamedTuple):
@@ -81,19 +93,34 @@ class Batch(NamedTuple):
     tokens: list[tuple[Any, ...]]
     gave_up: list[str] = []  # noqa: RUF012 - never written to
     """Guides that the request goes on without from here."""
+    readings: list[tuple[Any, ...]] = []  # noqa: RUF012 - never written to
+    """Tokens of the prompt; all of them come before the completion's first."""
+    ended: bool = False
+    """Whether the request has read all that it wanted, and draws nothing."""
 
 
 def to_token(event: TokenEvent) -> tuple[Any, ...]:
     """Return a token as it is sent; guides are called what the request calls them."""
     reason = None if event.finish_reason is None else event.finish_reason.value
-    numbers = (event.index, event.token_id, event.logprob, event.base_logprob, event.kl, reason)
-    if event.moved_by is None:
+    return _to_tuple(event, event.index, reason, drafted=event.drafted)
+
+
+def to_readings(event: PromptEvent) -> list[tuple[Any, ...]]:
+    """Return what was read of a prompt as it is sent."""
+    return [_to_tuple(one, at) for at, one in enumerate(event.readings, start=event.first)]
+
+
+def _to_tuple(
+    read: TokenEvent | Reading, position: int, reason: str | None = None, *, drafted: bool = False
+) -> tuple[Any, ...]:
+    numbers = (position, read.token_id, read.logprob, read.base_logprob, read.kl, reason)
+    if read.moved_by is None and not (drafted or read.notes or read.top):
         return numbers
     notes = {
-        f"{guide_name(note)}.{note.rpartition('.')[2]}": value
-        for note, value in event.notes.items()
+        f"{guide_name(note)}.{note.rpartition('.')[2]}": value for note, value in read.notes.items()
     }
-    return (*numbers, guide_name(event.moved_by), event.drafted, notes)
+    mover = read.moved_by and guide_name(read.moved_by)
+    return (*numbers, mover, drafted, notes, tuple(map(tuple, read.top)))
 
 
 def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -> Request:
@@ -120,6 +147,7 @@ def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -
         },
         completed=tuple(sent["completed"]),
         draft=draft and Drafting(guide=guide_keys[draft["guide"]], num_tokens=draft["num_tokens"]),
+        read_from=sent.get("read_from"),
     )
 
 

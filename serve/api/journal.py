@@ -8,16 +8,18 @@ path the old one was on.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pilotfish.chat import Message
 from serve.retries import StreamBrokenError, is_retryable
 from serve.wire import Batch, DraftUse, GenerateRequest, GuideUse, Token
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _BACKOFF_S = 0.02
 
@@ -54,20 +56,19 @@ class Journal:
     """Those that tilt, with their versions: a replica that has never heard of one loads it."""
     draft: DraftUse | None = None
     completed: list[int] = field(default_factory=list)
+    """Tokens that the completion has, those included that it began with."""
+    read_from: int | None = None
+    """The first position of the prompt that is reported; None is none. Position 0 has nothing
+    before it and never is."""
+    readings: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
-    kl_sum: float = 0.0
     gave_up: dict[str, int] = field(default_factory=dict)
     """Guides that failed, and the position from which the completion goes on without each."""
     num_failovers: int = 0
 
-    @property
-    def mean_kl(self) -> float:
-        """KL(guided || base) in nats per token so far."""
-        return self.kl_sum / max(1, len(self.completed))
-
     def request(self) -> GenerateRequest:
         """Return what any replica needs to go on from here."""
-        return GenerateRequest(
+        request = GenerateRequest(
             prompt_ids=self.prompt_ids,
             messages=self.messages,
             text=self.text,
@@ -77,20 +78,32 @@ class Journal:
             completed=list(self.completed),
             gave_up=list(self.gave_up),
         )
+        if self.read_from is not None:
+            request["read_from"] = max(1, self.read_from) + len(self.readings)
+        return request
 
     def record(self, batch: Batch) -> list[Token]:
         """Take the next tokens, or none of them: `StreamBrokenError` if they are any others."""
         tokens = [Token(*values) for values in batch.tokens]
-        for position, token in enumerate(tokens, start=len(self.completed)):
-            if token.position != position:
-                raise StreamBrokenError(f"got the token at {token.position}, wanted {position}")
+        _check_positions(tokens, len(self.completed))
+        if batch.readings:
+            readings = [Token(*values) for values in batch.readings]
+            _check_positions(readings, max(1, self.read_from or 0) + len(self.readings))
+            self.readings += readings
         self.completed += [token.token_id for token in tokens]
-        self.kl_sum += sum(token.kl for token in tokens)
         for name in batch.gave_up:
             self.gave_up.setdefault(name, len(self.completed))
         if tokens:
             self.finish_reason = tokens[-1].finish_reason
+        elif batch.ended:
+            self.finish_reason = "length"
         return tokens
+
+
+def _check_positions(tokens: Sequence[Token], start: int) -> None:
+    for position, token in enumerate(tokens, start=start):
+        if token.position != position:
+            raise StreamBrokenError(f"got the token at {token.position}, wanted {position}")
 
 
 async def follow(
@@ -98,18 +111,20 @@ async def follow(
 ) -> AsyncGenerator[list[Token]]:
     """Yield the tokens of a completion, each exactly once, until it is finished.
 
-    Gives up after `max_attempts` failures in a row without a token, and raises the last of them;
-    an error that is the request's own is raised at once.
+    What is read of the prompt is in the journal before the first token comes; a request that draws
+    none yields an empty list when it has read everything. Gives up after `max_attempts` failures in
+    a row without progress, and raises the last of them; an error that is the request's own is
+    raised at once.
     """
     failures = 0
     while journal.finish_reason is None:
-        before = len(journal.completed)
+        before = _progress(journal)
         try:
             async with aclosing(_attempt(journal, send, patience)) as attempt:
                 async for tokens in attempt:
                     yield tokens
         except Exception as error:
-            failures = 1 if len(journal.completed) > before else failures + 1
+            failures = 1 if _progress(journal) > before else failures + 1
             if not is_retryable(error) or failures >= patience.max_attempts:
                 raise
             journal.num_failovers += 1
@@ -118,6 +133,25 @@ async def follow(
                 *(journal.request_id, failures, len(journal.completed), error),
             )
             await asyncio.sleep(_BACKOFF_S * failures)
+
+
+async def ask(call: Callable[[], Awaitable[T]], patience: Patience) -> T:
+    """Return the answer of a call that any replica can answer, as persistently as `follow`."""
+    failures = 0
+    while True:
+        try:
+            async with asyncio.timeout(patience.first_token_s):
+                return await call()
+        except Exception as error:
+            failures += 1
+            if not is_retryable(error) or failures >= patience.max_attempts:
+                raise
+            logger.warning("failure %d of a call, asking elsewhere: %r", failures, error)
+            await asyncio.sleep(_BACKOFF_S * failures)
+
+
+def _progress(journal: Journal) -> int:
+    return len(journal.completed) + len(journal.readings)
 
 
 async def _attempt(
@@ -130,12 +164,14 @@ async def _attempt(
         while journal.finish_reason is None:
             try:
                 async with asyncio.timeout(limit):
-                    sent = await anext(stream)
+                    batch = Batch(*await anext(stream))
             except StopAsyncIteration:
                 raise StreamBrokenError("the stream ended before the completion did") from None
-            if tokens := journal.record(Batch(*sent)):
-                yield tokens
+            tokens = journal.record(batch)
+            if batch.tokens or batch.readings:
                 limit = patience.token_s
+            if tokens or journal.finish_reason is not None:
+                yield tokens
     finally:
         if journal.finish_reason is None:
             stream.cancel()

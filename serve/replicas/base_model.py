@@ -1,7 +1,8 @@
 """`BaseModel`: a replica that owns the base, its colocated guides, and the decode loop."""
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+import functools
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,8 +12,8 @@ import torch
 from pilotfish.chat import Message, render_prompt, stop_ids
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
-from pilotfish.guides import load_guide, vary_guide
-from pilotfish.guides.base import Guide, Stage, TokenGuide
+from pilotfish.guides import load_guide, scorer_of, variant_name, vary_guide
+from pilotfish.guides.base import Draft, Guide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.guides.host import GuideHost
@@ -34,8 +35,17 @@ class _Loaded:
 
     guide: Guide
     card: GuideCard
-    num_varied: dict[str, int] = field(default_factory=dict)
-    """Requests by engine key."""
+    varied: dict[str, "_Variant"] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Variant:
+    """A guide with other settings, while requests use it."""
+
+    key: str
+    """What the engine calls it: no other one, before or after, is called so. What is removed from
+    the engine is gone only after its running step, when the same settings may be back."""
+    num_requests: int = 0
 
 
 class BaseModel:
@@ -57,6 +67,7 @@ class BaseModel:
         """
         torch.set_num_threads(config.base.threads)
         self._config, self._remote = config, remote
+        self._variants = itertools.count()
         folder = catalog.base.artifact.load(catalog.base.version)
         tokenizer = load_tokenizer(folder)
         device = pick_device(config.base.device)
@@ -99,6 +110,30 @@ class BaseModel:
                 async for batch in stream:
                     yield batch
 
+    async def choose(
+        self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float
+    ) -> int:
+        """Return the place of the draft that a selecting guide goes on with: `Selector.choose`."""
+        async with self._acting(use) as key:
+            selector = cast("Selector", self._decoding.engine.guides[key])
+            return await self._decoding.ask(lambda: selector.choose(prompt, drafts, uniform))
+
+    async def rewards(
+        self, uses: Sequence[GuideUse], prompt: Prompt, answers: Sequence[Draft]
+    ) -> dict[str, list[float]]:
+        """Return what each guide that has a reward or value model finds the answers worth.
+
+        Raises `PromptError` for an answer that is longer than such a model reads.
+        """
+        found = {}
+        for use in uses:
+            async with self._acting(use) as key:
+                scorer = scorer_of(self._decoding.engine.guides[key])
+                if scorer is not None:
+                    score = functools.partial(scorer.score, prompt, answers)
+                    found[use.version.name] = list(await self._decoding.ask(score))
+        return found
+
     async def prepare(self, version: GuideVersion) -> None:
         """Load a version beside what is served, and try it.
 
@@ -129,17 +164,20 @@ class BaseModel:
             if not use.args:
                 yield use.version.key
                 return
-            key = use.version.key + json.dumps(use.args, sort_keys=True)
-            if key not in loaded.num_varied:
-                self._add(key, vary_guide(loaded.guide, loaded.card, use.args), use.version.stage)
-            loaded.num_varied[key] = loaded.num_varied.get(key, 0) + 1
+            name = variant_name(use.version.key, use.args)
+            if name not in loaded.varied:
+                guide = vary_guide(loaded.guide, loaded.card, use.args)
+                loaded.varied[name] = _Variant(f"{name}#{next(self._variants)}")
+                self._add(loaded.varied[name].key, guide)
+            variant = loaded.varied[name]
+            variant.num_requests += 1
             try:
-                yield key
+                yield variant.key
             finally:
-                loaded.num_varied[key] -= 1
-                if not loaded.num_varied[key]:
-                    del loaded.num_varied[key]
-                    self._remove(key, use.version.stage)
+                variant.num_requests -= 1
+                if not variant.num_requests:
+                    del loaded.varied[name]
+                    self._remove(variant.key)
 
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)
@@ -160,28 +198,24 @@ class BaseModel:
         )
         card = read_card(folder)
         loaded = _Loaded(load_guide(folder, card, host), card)
-        self._add(version.key, loaded.guide, version.stage)
+        self._add(version.key, loaded.guide)
         return loaded
 
     def _drop(self, version: GuideVersion, _: _Loaded) -> None:
-        self._remove(version.key, version.stage)
+        self._remove(version.key)
 
-    def _add(self, key: str, guide: Guide, stage: Stage) -> None:
-        if stage is not Stage.TOKEN:
-            return
+    def _add(self, key: str, guide: Guide) -> None:
         engine = self._decoding.engine
         engine.guides[key] = cast("TokenGuide", guide)
         if isinstance(guide, GenARMGuide) and isinstance(guide.source, CausalLM):
             engine.drafters[key] = guide.source
 
-    def _remove(self, key: str, stage: Stage) -> None:
-        if stage is not Stage.TOKEN:
-            return
+    def _remove(self, key: str) -> None:
         engine = self._decoding.engine
         guide = engine.guides[key]
 
         def remove() -> None:
-            if engine.guides.get(key) is guide:  # and not one that was added meanwhile
+            if engine.guides.get(key) is guide:  # and not one that was loaded again meanwhile
                 engine.remove_guide(key)
 
         # On the engine's own thread, behind whatever was asked of it before.

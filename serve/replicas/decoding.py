@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from pilotfish.decode.engine import Engine
-from pilotfish.decode.sequence import TokenEvent
+from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
 from serve.replicas.engine_thread import EngineThread
-from serve.wire import Batch, GenerateRequest, guide_name, to_request, to_token
+from serve.wire import Batch, GenerateRequest, guide_name, to_readings, to_request, to_token
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Decoding:
         self.engine = engine
         self.thread = EngineThread(
             engine,
-            on_tokens=self._on_tokens,
+            on_events=self._on_events,
             on_give_up=self._on_give_up,
             on_failure=self._on_failure,
             stall_s=stall_s,
@@ -82,7 +82,7 @@ class Decoding:
             while not ended:
                 batch = await _take_all(queue)
                 yield tuple(batch)
-                ended = bool(batch.tokens) and batch.tokens[-1][5] is not None
+                ended = batch.ended or (bool(batch.tokens) and batch.tokens[-1][5] is not None)
         finally:
             del self._streams[key]
             if not ended:
@@ -119,14 +119,13 @@ class Decoding:
             "num_steps": self.thread.num_steps,
         }
 
-    def _on_tokens(self, events: Sequence[TokenEvent]) -> None:
+    def _on_events(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
         assert self._loop is not None, "tokens come only after a request"
         self._loop.call_soon_threadsafe(self._hand_out, events)
 
-    def _hand_out(self, events: Sequence[TokenEvent]) -> None:
+    def _hand_out(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
         for event in events:
-            if event.key in self._streams:
-                self._streams[event.key].put_nowait(to_token(event))
+            self._put(event.key, event)
 
     def _on_give_up(self, key: int, guide: str) -> None:
         if self._loop is not None:
@@ -170,7 +169,10 @@ async def _take_all(queue: "asyncio.Queue[Any]") -> Batch:
             raise EngineError(*item.args)  # one traceback per stream
         if isinstance(item, BaseException):
             raise item
+    read = [item for item in items if isinstance(item, PromptEvent)]
     return Batch(
-        [item for item in items if isinstance(item, tuple)],
+        [to_token(item) for item in items if isinstance(item, TokenEvent)],
         [guide_name(item) for item in items if isinstance(item, str)],
+        [reading for event in read for reading in to_readings(event)],
+        any(event.finish_reason is not None for event in read),
     )

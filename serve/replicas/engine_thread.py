@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from pilotfish.decode.engine import Engine
-from pilotfish.decode.sequence import Request, TokenEvent
+from pilotfish.decode.sequence import PromptEvent, Request, TokenEvent
 from pilotfish.errors import PilotfishError
 from serve.errors import EngineError, GuideUnavailableError
 
 logger = logging.getLogger(__name__)
 
-TokensCallback = Callable[[Sequence[TokenEvent]], None]
+EventsCallback = Callable[[Sequence[PromptEvent | TokenEvent]], None]
 GiveUpCallback = Callable[[int, str], None]
 FailureCallback = Callable[[Sequence[int], BaseException], None]
 
@@ -22,7 +22,7 @@ FailureCallback = Callable[[Sequence[int], BaseException], None]
 class EngineThread:
     """Steps an engine while it is busy, and sleeps otherwise.
 
-    `on_tokens` gets the events of each step, `on_give_up` the key of a request and the guide that
+    `on_events` gets those of each step, `on_give_up` the key of a request and the guide that
     it goes on without, `on_failure` the keys of requests that cannot go on and why; all are called
     on the engine's thread and must return at once.
     """
@@ -31,13 +31,13 @@ class EngineThread:
         self,
         engine: Engine,
         *,
-        on_tokens: TokensCallback,
+        on_events: EventsCallback,
         on_give_up: GiveUpCallback,
         on_failure: FailureCallback,
         stall_s: float,
     ) -> None:
         self._engine = engine
-        self._on_tokens = on_tokens
+        self._on_events = on_events
         self._on_give_up = on_give_up
         self._on_failure = on_failure
         self._stall_s = stall_s
@@ -144,18 +144,19 @@ class EngineThread:
     def _step(self) -> None:
         self._stepping_since = time.monotonic()
         try:
-            events = self._engine.step()
+            tokens = self._engine.step()
         except GuideUnavailableError as error:
             self._fail_guide(error)
             return
         finally:
             self._stepping_since = None
         self.num_steps += 1
+        events = [*self._engine.take_readings(), *tokens]
         for event in events:
             if event.finish_reason is not None:
                 self._open.pop(event.key, None)
         if events:
-            self._on_tokens(events)
+            self._on_events(events)
 
     def _fail_guide(self, error: GuideUnavailableError) -> None:
         """End the requests that want a guide, or go on without it. The others lost nothing: a step

@@ -93,6 +93,11 @@ class Stock:
                 raise
             self._lacks = error
 
+    @property
+    def catalog(self) -> Catalog:
+        """The newest one, all of which is on the shelf."""
+        return self._following.catalog
+
     async def ensure(self) -> None:
         """Begin to follow, once there is an event loop: Serve calls `check_health` in it.
 

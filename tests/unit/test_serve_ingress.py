@@ -1,7 +1,6 @@
 """The HTTP API: what it answers, and that it goes on when replicas die."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -10,14 +9,16 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from tests.folders import MAX_LENGTH
-from tests.http_api import MESSAGES, Server, chat, events_of, http_client, text_of, with_openai
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("models"))
-    yield server
-    server.model.close()
+from tests.http_api import (
+    MESSAGES,
+    Dying,
+    Server,
+    chat,
+    events_of,
+    http_client,
+    text_of,
+    with_openai,
+)
 
 
 def test_a_chat_answer_is_what_pilot_writes(server: Server) -> None:
@@ -154,33 +155,6 @@ def test_ready_is_503_while_no_base_answers(server: Server) -> None:
             return await client.get("/ready")
 
     assert asyncio.run(run()).status_code == 503
-
-
-class Dying:
-    """Streams of which some end in an actor's death, after `tokens` items."""
-
-    def __init__(self, num_deaths: float, *, items: int) -> None:
-        self.num_deaths, self.items = num_deaths, items
-
-    def __call__(self, call: Any) -> Any:
-        if self.num_deaths <= 0:
-            return call
-        self.num_deaths -= 1
-        return _DyingStream(call, self.items)
-
-
-class _DyingStream:
-    def __init__(self, stream: Any, items: int) -> None:
-        self._stream, self._items = stream, items
-
-    async def __anext__(self) -> Any:
-        if self._items == 0:
-            raise ActorDiedError
-        self._items -= 1
-        return await anext(self._stream)
-
-    def cancel(self) -> None:
-        self._stream.cancel()
 
 
 @pytest.mark.parametrize("items", [0, 3])

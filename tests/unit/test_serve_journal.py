@@ -157,12 +157,6 @@ def test_leaving_the_stream_cancels_the_call() -> None:
     assert replicas.num_cancelled == 1
 
 
-def test_the_mean_kl_counts_every_token_once() -> None:
-    entry = journal()
-    collect(Replicas(dying(4, ActorDiedError()), healthy), entry)
-    assert entry.mean_kl == pytest.approx(0.25)
-
-
 def test_a_guide_that_was_given_up_stays_given_up_elsewhere() -> None:
     async def gives_up(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
         yield ([token(0), token(1)], [])

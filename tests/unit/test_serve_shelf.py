@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -41,8 +40,8 @@ class Models:
 
 
 @pytest.fixture
-def models() -> Iterator[Models]:
-    yield Models()
+def models() -> Models:
+    return Models()
 
 
 def test_a_version_is_loaded_once_however_many_ask_for_it(models: Models) -> None:

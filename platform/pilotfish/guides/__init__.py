@@ -21,6 +21,7 @@ from pilotfish.guides.host import GuideHost
 from pilotfish.guides.own_template import OwnTemplate
 from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.guides.proxy_tuning import ProxyTuningGuide
+from pilotfish.guides.scoring import DraftScorer, Judges
 from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
 
@@ -169,6 +170,13 @@ def vary_guide(guide: Guide, card: GuideCard, args: Mapping[str, Any]) -> Guide:
     if kind.stage is not Stage.TOKEN:
         return changed
     return _wrap(cast(TokenGuide, changed), own, varied.gate)
+
+
+def scorer_of(guide: Guide) -> DraftScorer | None:
+    """Return what judges whole answers in a guide with a reward or value model; None in others."""
+    while isinstance(guide, Gated | OwnTemplate):
+        guide = guide.guide
+    return guide.scorer if isinstance(guide, Judges) else None
 
 
 def _wrap(guide: TokenGuide, own: PreTrainedTokenizerBase | None, gate: float | None) -> TokenGuide:

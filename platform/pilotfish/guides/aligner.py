@@ -80,16 +80,17 @@ class AlignerGuide:
 
     def check(self, prompt: Prompt, draft: str = "") -> None:
         """Raise `PromptError` for a prompt without text, or with more than fits."""
-        self._writing(prompt, draft)
+        self.writing(prompt, draft)
 
     def revise(self, prompt: Prompt, draft: str) -> Iterator[str]:
-        return self._model.stream(self._writing(prompt, draft))
+        return self._model.stream(self.writing(prompt, draft))
 
     def revise_all(self, prompts: Sequence[Prompt], drafts: Sequence[str]) -> list[Written]:
         pairs = zip(prompts, drafts, strict=True)
-        return self._model.write([self._writing(prompt, draft) for prompt, draft in pairs])
+        return self._model.write([self.writing(prompt, draft) for prompt, draft in pairs])
 
-    def _writing(self, prompt: Prompt, draft: str) -> Writing:
+    def writing(self, prompt: Prompt, draft: str) -> Writing:
+        """Return what the model is asked to write. Raises `PromptError` as `check` does."""
         text = self._template.render(_question(prompt), draft)
         room = self._model.max_length - self._model.num_tokens(text)
         num_draft = self._model.num_tokens(draft)

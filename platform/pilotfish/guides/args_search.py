@@ -6,7 +6,7 @@ K candidates per row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -22,6 +22,7 @@ from pilotfish.guides.candidates import (
 )
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
+from pilotfish.guides.scoring import Rewards, RewardScorer
 from pilotfish.models.reward import RewardReading
 
 
@@ -77,6 +78,11 @@ class ARGSGuide:
         return ARGSGuide(
             self._reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size
         )
+
+    @property
+    def scorer(self) -> RewardScorer:
+        """The same model, reading whole answers."""
+        return RewardScorer(cast(Rewards, self._reward))
 
     @property
     def max_length(self) -> int:

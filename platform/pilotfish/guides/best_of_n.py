@@ -76,7 +76,7 @@ class BestOfN:
                 "None for the best draft."
             )
         self.num_drafts = num_drafts
-        self._scorer = scorer
+        self.scorer = scorer
         self._inverse_temperature = inverse_temperature
         self._max_length = max_length
 
@@ -89,7 +89,7 @@ class BestOfN:
 
     def vary(self, settings: BestOfNSettings) -> "BestOfN":
         return BestOfN(
-            self._scorer,
+            self.scorer,
             num_drafts=settings.num_drafts,
             inverse_temperature=settings.inverse_temperature,
             max_length=self._max_length,
@@ -107,7 +107,7 @@ class BestOfN:
         drafts: Sequence[Sequence[Draft]],
         uniforms: Sequence[float],
     ) -> list[int]:
-        scores = scores_of(self._scorer, prompts, drafts)
+        scores = scores_of(self.scorer, prompts, drafts)
         return [self._pick(*both) for both in zip(scores, uniforms, strict=True)]
 
     def _pick(self, rewards: Sequence[float], uniform: float) -> int:
@@ -143,7 +143,7 @@ class BlockwiseCD:
         _check_at_least_one("block_tokens", block_tokens)
         self.num_drafts = num_drafts
         self.block_tokens: int | None = block_tokens
-        self._scorer = scorer
+        self.scorer = scorer
         self._max_length = max_length
 
     @classmethod
@@ -160,7 +160,7 @@ class BlockwiseCD:
 
     def vary(self, settings: BlockwiseSettings) -> "BlockwiseCD":
         return BlockwiseCD(
-            self._scorer,
+            self.scorer,
             num_drafts=settings.num_drafts,
             block_tokens=settings.block_tokens,
             max_length=self._max_length,
@@ -178,7 +178,7 @@ class BlockwiseCD:
         drafts: Sequence[Sequence[Draft]],
         uniforms: Sequence[float],
     ) -> list[int]:
-        return [_best(scores) for scores in scores_of(self._scorer, prompts, drafts)]
+        return [_best(scores) for scores in scores_of(self.scorer, prompts, drafts)]
 
 
 def _best(scores: Sequence[float]) -> int:

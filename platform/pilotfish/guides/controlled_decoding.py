@@ -7,7 +7,7 @@ vocabulary, K candidates per row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -23,6 +23,7 @@ from pilotfish.guides.candidates import (
 )
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
+from pilotfish.guides.scoring import Rewards, RewardScorer
 from pilotfish.models.reward import RewardReading
 
 
@@ -81,6 +82,11 @@ class ControlledDecodingGuide:
         return ControlledDecodingGuide(
             self._value, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size
         )
+
+    @property
+    def scorer(self) -> RewardScorer:
+        """The same model, reading whole answers."""
+        return RewardScorer(cast(Rewards, self._value))
 
     @property
     def max_length(self) -> int:

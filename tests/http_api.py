@@ -59,20 +59,19 @@ class Server:
         }
         remote = ("far", "aligner", "brief")
         # float64, so that texts can be compared: no near-ties.
-        self.config = parse_args(
-            {
-                "base": {"path": str(base), "num_slots": 8, "dtype": "float64"},
-                "guides": [
-                    {
-                        "name": name,
-                        "path": str(path),
-                        "placement": "remote" if name in remote else "colocated",
-                        "dtype": "float64",
-                    }
-                    for name, path in paths.items()
-                ],
-            }
-        )
+        guides: list[dict[str, Any]] = [
+            {"name": name, "path": str(path), "dtype": "float64"} for name, path in paths.items()
+        ]
+        for guide in guides:
+            if guide["name"] in remote:
+                guide |= {
+                    "placement": "remote",
+                    "precision": "full",
+                    "timeout_s": 2,
+                    "cooldown_s": 0,
+                }
+        base_config = {"path": str(base), "num_slots": 8, "dtype": "float64"}
+        self.config = parse_args({"base": base_config, "guides": guides})
         self.catalog: Catalog = make_catalog(self.config, created=123)
         self.far = GuideModel(self.config.guide("far"), self.catalog, num_slots=8)
         self.model = BaseModel(self.config, self.catalog, {"far": LocalHandle(self.far)})

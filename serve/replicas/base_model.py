@@ -35,16 +35,17 @@ class _Loaded:
 
     guide: Guide
     card: GuideCard
-    varied: dict[str, "_Variant"] = field(default_factory=dict)
+    varied: dict[str, "_Acting"] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
-class _Variant:
-    """A guide with other settings, while requests use it."""
+class _Acting:
+    """A guide of requests: as its card has it, or with settings of their own."""
 
     key: str
-    """What the engine calls it: no other one, before or after, is called so. What is removed from
-    the engine is gone only after its running step, when the same settings may be back."""
+    """What the engine calls it. No other variant, before or after, is called so: what is removed
+    from the engine is gone only after its running step, when the same settings may be back."""
+    guide: Guide
     num_requests: int = 0
 
 
@@ -102,7 +103,7 @@ class BaseModel:
             yield tuple(Batch([], names))
         async with AsyncExitStack() as stack:
             keys = {
-                use.version.name: await stack.enter_async_context(self._acting(use))
+                use.version.name: (await stack.enter_async_context(self._acting(use))).key
                 for use in _acting(request)
             }
             stream = self._decoding.generate(request, keys)
@@ -114,8 +115,8 @@ class BaseModel:
         self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float
     ) -> int:
         """Return the place of the draft that a selecting guide goes on with: `Selector.choose`."""
-        async with self._acting(use) as key:
-            selector = cast("Selector", self._decoding.engine.guides[key])
+        async with self._acting(use) as acting:
+            selector = cast("Selector", acting.guide)
             return await self._decoding.ask(lambda: selector.choose(prompt, drafts, uniform))
 
     async def rewards(
@@ -127,8 +128,8 @@ class BaseModel:
         """
         found = {}
         for use in uses:
-            async with self._acting(use) as key:
-                scorer = scorer_of(self._decoding.engine.guides[key])
+            async with self._acting(use) as acting:
+                scorer = scorer_of(acting.guide)
                 if scorer is not None:
                     score = functools.partial(scorer.score, prompt, answers)
                     found[use.version.name] = list(await self._decoding.ask(score))
@@ -158,26 +159,26 @@ class BaseModel:
         self._decoding.close()
 
     @asynccontextmanager
-    async def _acting(self, use: GuideUse) -> AsyncIterator[str]:
-        """Have a guide in the engine while the block runs; gives what the engine calls it."""
+    async def _acting(self, use: GuideUse) -> AsyncIterator[_Acting]:
+        """Have a guide loaded while the block runs, and in the engine if it tilts."""
         async with self._shelf.lease(use.version) as loaded:
             if not use.args:
-                yield use.version.key
+                yield _Acting(use.version.key, loaded.guide)
                 return
             name = variant_name(use.version.key, use.args)
             if name not in loaded.varied:
                 guide = vary_guide(loaded.guide, loaded.card, use.args)
-                loaded.varied[name] = _Variant(f"{name}#{next(self._variants)}")
-                self._add(loaded.varied[name].key, guide)
+                loaded.varied[name] = _Acting(f"{name}#{next(self._variants)}", guide)
+                self._add(loaded.varied[name].key, guide, use.version.stage)
             variant = loaded.varied[name]
             variant.num_requests += 1
             try:
-                yield variant.key
+                yield variant
             finally:
                 variant.num_requests -= 1
                 if not variant.num_requests:
                     del loaded.varied[name]
-                    self._remove(variant.key)
+                    self._remove(variant.key, use.version.stage)
 
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)
@@ -198,19 +199,23 @@ class BaseModel:
         )
         card = read_card(folder)
         loaded = _Loaded(load_guide(folder, card, host), card)
-        self._add(version.key, loaded.guide)
+        self._add(version.key, loaded.guide, version.stage)
         return loaded
 
     def _drop(self, version: GuideVersion, _: _Loaded) -> None:
-        self._remove(version.key)
+        self._remove(version.key, version.stage)
 
-    def _add(self, key: str, guide: Guide) -> None:
+    def _add(self, key: str, guide: Guide, stage: Stage) -> None:
+        if stage is not Stage.TOKEN:
+            return
         engine = self._decoding.engine
         engine.guides[key] = cast("TokenGuide", guide)
         if isinstance(guide, GenARMGuide) and isinstance(guide.source, CausalLM):
             engine.drafters[key] = guide.source
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, key: str, stage: Stage) -> None:
+        if stage is not Stage.TOKEN:
+            return
         engine = self._decoding.engine
         guide = engine.guides[key]
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -24,6 +25,10 @@ T = TypeVar("T")
 OFF = "it was switched off"
 """Why a guide does not answer, when somebody wanted that."""
 _LEAVE_AFTER_S = 0.5
+_ITEM_S = 0.002
+"""About what an item of a stream costs this process, the ingress and the proxy. All streams send no
+more of them than there is time for: a few streams get each token as it comes, many some at a time.
+"""
 
 
 def leave() -> None:
@@ -53,7 +58,7 @@ class Decoding:
         )
         self._leave = leave
         self._keys = itertools.count()
-        self._streams: dict[int, asyncio.Queue[Any]] = {}
+        self._streams: dict[int, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def generate(
@@ -70,7 +75,7 @@ class Decoding:
         job = to_request(key, request, guide_keys)
         self.engine.check(job)
         self._loop = asyncio.get_running_loop()
-        queue = self._streams[key] = asyncio.Queue()
+        stream = self._streams[key] = _Stream()
         spared = [
             guide_keys[use.version.name]
             for use in request["guides"]
@@ -80,7 +85,7 @@ class Decoding:
         try:
             self.thread.submit(job, goes_on_without=spared)
             while not ended:
-                batch = await _take_all(queue)
+                batch = await stream.take(_ITEM_S * len(self._streams))
                 yield tuple(batch)
                 ended = batch.ended or (bool(batch.tokens) and batch.tokens[-1][5] is not None)
         finally:
@@ -125,15 +130,15 @@ class Decoding:
 
     def _hand_out(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
         for event in events:
-            self._put(event.key, event)
+            self._put(event.key, event, event.finish_reason is not None)
 
     def _on_give_up(self, key: int, guide: str) -> None:
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._put, key, guide)
+            self._loop.call_soon_threadsafe(self._put, key, guide, False)
 
-    def _put(self, key: int, item: Any) -> None:
+    def _put(self, key: int, item: Any, urgent: bool) -> None:
         if key in self._streams:
-            self._streams[key].put_nowait(item)
+            self._streams[key].put(item, urgent=urgent)
 
     def _on_failure(self, keys: Sequence[int], error: BaseException) -> None:
         if self._loop is not None:
@@ -141,7 +146,7 @@ class Decoding:
 
     def _break(self, keys: Sequence[int], error: BaseException) -> None:
         for key in keys:
-            self._put(key, error)
+            self._put(key, error, True)
         if isinstance(error, EngineError):
             asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
 
@@ -156,23 +161,46 @@ def check_law(law_RV: Tensor, guide: str) -> None:
             )
 
 
-async def _take_all(queue: "asyncio.Queue[Any]") -> Batch:
-    """Wait for the next token and take those behind it; raise what broke the stream.
+class _Stream:
+    """What is on its way to one caller."""
 
-    Tokens in front of an error are given up: they are drawn again, and come out the same.
-    """
-    items = [await queue.get()]
-    while not queue.empty():
-        items.append(queue.get_nowait())
-    for item in items:
-        if isinstance(item, EngineError):
-            raise EngineError(*item.args)  # one traceback per stream
-        if isinstance(item, BaseException):
-            raise item
-    read = [item for item in items if isinstance(item, PromptEvent)]
-    return Batch(
-        [to_token(item) for item in items if isinstance(item, TokenEvent)],
-        [guide_name(item) for item in items if isinstance(item, str)],
-        [reading for event in read for reading in to_readings(event)],
-        any(event.finish_reason is not None for event in read),
-    )
+    def __init__(self) -> None:
+        self._items: list[Any] = []
+        self._some = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._next_at = 0.0
+
+    def put(self, item: Any, *, urgent: bool) -> None:
+        """Add an event, the name of a guide that was given up, or an error."""
+        self._items.append(item)
+        self._some.set()
+        if urgent:
+            self._urgent.set()
+
+    async def take(self, pause_s: float) -> Batch:
+        """Wait for the next item, and take those that came with it; raise what broke the stream.
+
+        After the first time, does not return before `pause_s` have passed since the last, unless
+        the end is among the items. Tokens in front of an error are given up: they are drawn again,
+        and come out the same.
+        """
+        await self._some.wait()
+        loop = asyncio.get_running_loop()
+        if (left_s := self._next_at - loop.time()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), left_s)
+        self._next_at = loop.time() + pause_s
+        items, self._items = self._items, []
+        self._some.clear()
+        for item in items:
+            if isinstance(item, EngineError):
+                raise EngineError(*item.args)  # one traceback per stream
+            if isinstance(item, BaseException):
+                raise item
+        read = [item for item in items if isinstance(item, PromptEvent)]
+        return Batch(
+            [to_token(item) for item in items if isinstance(item, TokenEvent)],
+            [guide_name(item) for item in items if isinstance(item, str)],
+            [reading for event in read for reading in to_readings(event)],
+            any(event.finish_reason is not None for event in read),
+        )

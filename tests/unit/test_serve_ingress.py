@@ -130,7 +130,7 @@ def test_models_are_the_base_and_a_card_per_guide_below_it(server: Server) -> No
     async def use(client: openai.AsyncOpenAI) -> Any:
         return (await client.models.list()).data, await client.models.retrieve("base:helpful")
 
-    (base, guide), retrieved = with_openai(server.pipeline(), use)
+    (base, guide, *_), retrieved = with_openai(server.pipeline(), use)
     assert (base.id, base.parent, base.max_model_len) == ("base", None, MAX_LENGTH)
     assert (guide.id, guide.parent, guide.created) == ("base:helpful", "base", 123)
     assert guide.root.endswith("guide")

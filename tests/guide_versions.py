@@ -1,7 +1,8 @@
 """Guides in several versions, replicas that serve them, and `Guides` above, in this process."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,24 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+@contextmanager
+def application(
+    registry: Registry, *, version: str = "1", **settings: Any
+) -> Iterator[Application]:
+    registry.point("prod", version)
+    app = Application(registry, "prod", **settings)
+    try:
+        yield app
+    finally:
+        app.close()
+
+
+def run(app: Application, use: Callable[[], Awaitable[None]]) -> None:
+    async def started() -> None:
+        async with asyncio.timeout(40):
+            await app.start()
+            await use()
+
+    asyncio.run(started())

@@ -15,14 +15,14 @@ class LimitsConfig(Config):
     body_timeout_s: PositiveFloat = 30
     """From a request's headers to the end of its body."""
     num_prompts: PositiveInt = 256
-    n: PositiveInt = 128
+    n: Annotated[int, Field(ge=1, le=128)] = 128
     """Choices per prompt. Prompts times `n` is never more than `max_in_flight`."""
     prompt_tokens: PositiveInt | None = None
     """Per prompt; by default what the context holds."""
     max_tokens: PositiveInt | None = None
     """Per choice; by default what the context holds. A client that does not read what it asked for
     makes the server keep as many."""
-    num_stops: PositiveInt = 16
+    num_stops: Annotated[int, Field(ge=1, le=16)] = 16
     num_logit_biases: PositiveInt = 1024
     choices_per_key: PositiveInt | None = None
     """Of one API key, decoding and waiting at one ingress replica; by default any number."""
@@ -64,8 +64,8 @@ class IngressConfig(ReplicasConfig):
     """A file of API keys, one per line: `key`, or `admin:key` for one that may change guides. Every
     node with an ingress replica must have it."""
     api_keys_env: str | None = None
-    """Instead of a file: an environment variable of the nodes that holds such lines. A variable in
-    `runtime_env` would do too, but Ray's dashboard shows those."""
+    """Instead of a file: an environment variable of the nodes that holds such lines, or the keys
+    with commas between them. One in `runtime_env` would do, but Ray's dashboard shows those."""
     allow_unauthenticated: bool = False
     """Without keys: answer everybody who reaches the server, not this machine alone. Admin routes
     stay with this machine."""
@@ -79,9 +79,23 @@ class IngressConfig(ReplicasConfig):
     trace: TraceConfig | None = None
 
     @model_validator(mode="after")
-    def _one_source_of_keys(self) -> "IngressConfig":
+    def _consistent(self) -> "IngressConfig":
+        limits = self.limits
         if self.api_keys_file is not None and self.api_keys_env is not None:
             raise ValueError("api_keys_file and api_keys_env are both set; leave one out")
+        if self.allow_unauthenticated and self.has_keys:
+            raise ValueError("allow_unauthenticated has no effect where there are API keys")
+        if limits.choices_per_key is not None and not self.has_keys:
+            raise ValueError(
+                "limits.choices_per_key needs API keys: set api_keys_file or api_keys_env"
+            )
+        if limits.max_tokens is not None and limits.max_tokens < self.max_tokens:
+            raise ValueError(
+                f"max_tokens, for requests that do not say, is {self.max_tokens}, which is more "
+                f"than limits.max_tokens, {limits.max_tokens}"
+            )
+        if self.log_prompts and not self.access_log:
+            raise ValueError("log_prompts needs access_log")
         return self
 
     @property

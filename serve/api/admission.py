@@ -13,7 +13,7 @@ from serve.ingress_config import IngressConfig
 class Admission:
     """A bounded number of places, and a bounded queue in front of them.
 
-    A request takes one place per choice, all at once. Callers take turns, and each caller's own
+    A request takes one place per choice, all at once. Clients take turns, and each client's own
     requests go first come, first served. Nothing is worked on before it has its places, so
     what is turned away under overload has cost nothing. All methods belong to one event loop.
     """
@@ -23,9 +23,9 @@ class Admission:
         self.num_in_flight = 0
         """Places taken."""
         self._queues: dict[str, deque[_Waiting]] = {}
-        """By caller; the next turn is that of the first."""
+        """By client; the next turn is that of the first."""
         self._held: Counter[str] = Counter()
-        """Choices of each caller, decoding and waiting."""
+        """Choices of each client, decoding and waiting."""
 
     @property
     def num_queued(self) -> int:
@@ -33,37 +33,37 @@ class Admission:
         return sum(len(queue) for queue in self._queues.values())
 
     @asynccontextmanager
-    async def places(self, num: int, *, caller: str = "") -> AsyncIterator[None]:
+    async def places(self, num: int, *, client: str = "") -> AsyncIterator[None]:
         """Hold `num` places while the block runs, which begins once they are free.
 
         Raises `APIError`: 400 for more places than there are, 429 if the queue is full, if none
-        were free in time, or if the caller has too many.
+        were free in time, or if the client has too many.
         """
-        self._check(num, caller)
-        self._held[caller] += num
+        self._check(num, client)
+        self._held[client] += num
         try:
-            await self._enter(num, caller)
+            await self._enter(num, client)
             try:
                 yield
             finally:
                 self._leave(num)
         finally:
-            self._held[caller] -= num
-            if not self._held[caller]:
-                del self._held[caller]
+            self._held[client] -= num
+            if not self._held[client]:
+                del self._held[client]
 
-    def _check(self, num: int, caller: str) -> None:
+    def _check(self, num: int, client: str) -> None:
         if num > (limit := self._config.max_in_flight):
             message = f"{num} choices (prompts times n) were asked for; at most {limit} are served."
             raise APIError(400, message, param="n")
         most = self._config.limits.choices_per_key
-        if most is not None and self._held[caller] + num > most:
+        if most is not None and self._held[client] + num > most:
             raise self._busy(
-                f"{self._held[caller]} choices of this API key are in flight, {num} more were "
+                f"{self._held[client]} choices of this API key are in flight, {num} more were "
                 f"asked for, and {most} are allowed. Wait for some of them."
             )
 
-    async def _enter(self, num: int, caller: str) -> None:
+    async def _enter(self, num: int, client: str) -> None:
         if not self._queues and self.num_in_flight + num <= self._config.max_in_flight:
             self.num_in_flight += num
             return
@@ -73,26 +73,26 @@ class Admission:
                 "Try again."
             )
         waiting = _Waiting(num, asyncio.get_running_loop().create_future())
-        self._queues.setdefault(caller, deque()).append(waiting)
+        self._queues.setdefault(client, deque()).append(waiting)
         try:
             async with asyncio.timeout(self._config.queue_timeout_s):
                 await waiting.admitted
         except BaseException as error:
-            self._stop_waiting(waiting, caller)
+            self._stop_waiting(waiting, client)
             if isinstance(error, TimeoutError):
                 waited = f"No place became free within {self._config.queue_timeout_s:g} s."
                 raise self._busy(f"{waited} Try again.") from None
             raise
 
-    def _stop_waiting(self, waiting: "_Waiting", caller: str) -> None:
+    def _stop_waiting(self, waiting: "_Waiting", client: str) -> None:
         if not waiting.admitted.cancelled():  # admitted at the very moment at which it gave up
             self._leave(waiting.num)
             return
-        queue = self._queues.get(caller, deque())
+        queue = self._queues.get(client, deque())
         if waiting in queue:
             queue.remove(waiting)
             if not queue:
-                del self._queues[caller]
+                del self._queues[client]
         self._admit()  # it may have been too large for what is free, and the next one is not
 
     def _leave(self, num: int) -> None:
@@ -101,15 +101,15 @@ class Admission:
 
     def _admit(self) -> None:
         while self._queues:
-            caller, queue = next(iter(self._queues.items()))
+            client, queue = next(iter(self._queues.items()))
             waiting = queue[0]
             gave_up = waiting.admitted.cancelled()  # just now: its own task has yet to run
             if not gave_up and self.num_in_flight + waiting.num > self._config.max_in_flight:
                 return
             queue.popleft()
-            del self._queues[caller]
+            del self._queues[client]
             if queue:
-                self._queues[caller] = queue  # behind the others
+                self._queues[client] = queue  # behind the others
             if not gave_up:
                 self.num_in_flight += waiting.num
                 waiting.admitted.set_result(None)

@@ -21,7 +21,7 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class Client:
     """Who asks: the beginning of a hash of the key, empty where there are no keys."""
 
     id: str
@@ -50,13 +50,13 @@ class Keys:
         if not self._roles:
             raise ConfigError(f"{source} holds no API key. Write one per line.")
 
-    def caller(self, key: bytes) -> Caller | None:
+    def client(self, key: bytes) -> Client | None:
         """Return whose key this is, in a time that does not depend on it."""
         digest = _hash(key)
         found = None
         for known, role in self._roles.items():
             if hmac.compare_digest(known, digest):  # and on to the last one
-                found = Caller(digest.hex()[:8], role)
+                found = Client(digest.hex()[:8], role)
         return found
 
 
@@ -66,7 +66,7 @@ class Doorman:
     def __init__(self, keys: Keys | None, *, allow_unauthenticated: bool) -> None:
         self._keys, self._open = keys, allow_unauthenticated
 
-    def caller(self, authorization: bytes, peer: str | None) -> Caller:
+    def client(self, authorization: bytes, peer: str | None) -> Client:
         """Return who asks, by the `Authorization` header and the address at the other end.
 
         Raises `APIError` 401. Without keys this machine may do everything, and others nothing,
@@ -74,18 +74,18 @@ class Doorman:
         """
         if self._keys is None:
             if _is_loopback(peer):
-                return Caller("", Role.ADMIN)
+                return Client("", Role.ADMIN)
             if self._open:
-                return Caller("", Role.USER)
+                return Client("", Role.USER)
             message = "This server has no API keys, and so answers its own machine alone."
             raise _unauthorized(message)
         scheme, _, key = authorization.partition(b" ")
-        caller = self._keys.caller(key.strip()) if scheme.lower() == b"bearer" else None
-        if caller is None:
+        client = self._keys.client(key.strip()) if scheme.lower() == b"bearer" else None
+        if client is None:
             raise _unauthorized(
                 "Missing or incorrect API key. Send it in the header: Authorization: Bearer KEY."
             )
-        return caller
+        return client
 
 
 def load_keys(config: IngressConfig) -> Keys | None:
@@ -96,7 +96,8 @@ def load_keys(config: IngressConfig) -> Keys | None:
                 f"ingress.api_keys_env is {name!r}, which is no environment variable of this "
                 "process. Set it on the nodes, before `ray start`."
             )
-        return Keys(os.environ[name].splitlines(), source=f"environment variable {name}")
+        lines = os.environ[name].replace(",", "\n").splitlines()
+        return Keys(lines, source=f"environment variable {name}")
     if (path := config.api_keys_file) is None:
         return None
     try:

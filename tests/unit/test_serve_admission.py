@@ -26,9 +26,9 @@ class Door:
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def come(self, name: str, num: int = 1, caller: str = "") -> None:
+    async def come(self, name: str, num: int = 1, client: str = "") -> None:
         self._ends[name] = asyncio.Event()
-        self._tasks[name] = asyncio.create_task(self._stay(name, num, caller))
+        self._tasks[name] = asyncio.create_task(self._stay(name, num, client))
         await settle()
 
     async def end(self, name: str) -> None:
@@ -44,8 +44,8 @@ class Door:
             await self._tasks[name]
         return caught.value
 
-    async def _stay(self, name: str, num: int, caller: str) -> None:
-        async with self.admission.places(num, caller=caller):
+    async def _stay(self, name: str, num: int, client: str) -> None:
+        async with self.admission.places(num, client=client):
             self.order.append(name)
             await self._ends[name].wait()
 
@@ -85,12 +85,12 @@ def test_a_request_takes_a_place_per_choice_and_is_not_overtaken_by_a_smaller_on
     through(Door(admission()), visit)
 
 
-def test_callers_take_turns_however_many_requests_one_of_them_has() -> None:
+def test_clients_take_turns_however_many_requests_one_of_them_has() -> None:
     async def visit(door: Door) -> None:
-        await door.come("first", caller="x")
+        await door.come("first", client="x")
         for number in range(3):
-            await door.come(f"x{number}", caller="x")
-        await door.come("y", caller="y")
+            await door.come(f"x{number}", client="x")
+        await door.come("y", client="y")
         for name in ("first", "x0", "y", "x1"):
             await door.end(name)
         assert door.order == ["first", "x0", "y", "x1", "x2"]
@@ -160,16 +160,16 @@ def test_more_choices_than_there_are_places_is_a_bad_request() -> None:
 
 def test_a_key_has_no_more_choices_than_it_may_decoding_and_waiting() -> None:
     async def visit(door: Door) -> None:
-        await door.come("a", num=2, caller="x")
-        await door.come("b", caller="x")
-        await door.come("c", caller="x")
+        await door.come("a", num=2, client="x")
+        await door.come("b", client="x")
+        await door.come("c", client="x")
         refused = await door.refusal("c")
         assert (refused.status, refused.code) == (429, "rate_limit_exceeded")
-        await door.come("d", caller="y")
+        await door.come("d", client="y")
         await door.end("a")
         await door.end("b")
         assert door.order == ["a", "b", "d"]
-        await door.come("e", num=2, caller="x")
+        await door.come("e", num=2, client="x")
         await door.end("d")
         assert door.order[-1] == "e"
 

@@ -14,6 +14,7 @@ from serve.artifacts import Artifact, follows_alias, is_mlflow_uri, pin
 from serve.catalog import Catalog, GuideEntry, GuideVersion, Trial, resolve_version
 from serve.config import ServeConfig
 from serve.errors import APIError, cause_of
+from serve.metrics import GuideMetrics
 from serve.retries import is_retryable
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Guides:
         self._catalog = catalog
         self._changed = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
+        self._metrics = GuideMetrics(config.base.model_id)
         self._polling: asyncio.Task[None] | None = None
         self._refused: dict[str, tuple[Artifact, float]] = {}
         """By guide, what was refused last, and when to look whether it is better now."""
@@ -132,6 +134,7 @@ class Guides:
         except Exception as error:
             if artifact is not None and not is_retryable(error):
                 self._refused[name] = artifact, time.monotonic() + _REFUSED_S
+            self._metrics.count_swap(name, "", "refused")
             reason = str(cause_of(error))
             logger.error("guide %s stays at %s: %s", name, entry.current.version, reason)
             return {**said, "status": "refused", "reason": reason}
@@ -142,6 +145,7 @@ class Guides:
             if one is not None and one.version == version
         }
         self._update(name, current=version, **over)
+        self._metrics.count_swap(name, version.version, "swapped")
         return {**said, "status": "swapped", "version": version.version, "before": said["version"]}
 
     async def _trial(

@@ -55,6 +55,8 @@ class GenerateRequest(TypedDict):
     """Names of guides that failed this request before, and which it goes on without."""
     read_from: NotRequired[int]
     """Report how likely the prompt's own tokens were, from this position on, before decoding."""
+    priority: NotRequired[int]
+    """Higher ones wait for lower ones, and make room for them. 0 is what clients ask for."""
 
 
 class Question(NamedTuple):
@@ -148,6 +150,7 @@ def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -
         completed=tuple(sent["completed"]),
         draft=draft and Drafting(guide=guide_keys[draft["guide"]], num_tokens=draft["num_tokens"]),
         read_from=sent.get("read_from"),
+        priority=sent.get("priority", 0),
     )
 
 

@@ -18,6 +18,7 @@ from pilotfish.guides.base import Stage
 from pilotfish.noise import draft_seed
 from serve.api.answers import ChatShape, Header, Shape, TextShape
 from serve.api.choices import Chain, Task
+from serve.api.limits import check_prompt, check_sizes
 from serve.api.schema.chat import ChatMessage, ChatRequest
 from serve.api.schema.generation import GenerationRequest
 from serve.api.schema.text import CompletionRequest
@@ -82,10 +83,12 @@ class Planner:
         Raises `APIError`, and `PromptError` and `ConfigError` of guides.
         """
         shape: Shape = ChatShape() if isinstance(body, ChatRequest) else TextShape()
-        request_id = caller.request_id or body.request_id or uuid.uuid4().hex
+        # Serve gives every request an id in its header, so the body's own goes first.
+        request_id = body.request_id or caller.request_id or uuid.uuid4().hex
         chosen = _choose(body, catalog, request_id)
         _check_ids(body, catalog.base)
         written = [body.messages] if isinstance(body, ChatRequest) else body.prompt
+        check_sizes(self._config.limits, body, num_prompts=len(written))
         prompts = [self.prompt(one, catalog.base) for one in written]
         plan = Plan(
             request_id=request_id,
@@ -106,6 +109,11 @@ class Planner:
 
     def prompt(self, written: str | list[int] | list[ChatMessage], base: BaseEntry) -> Prompt:
         """Return a text, ids or a conversation as the base reads it. Raises `APIError`."""
+        prompt = self._prompt(written, base)
+        check_prompt(self._config.limits, prompt)
+        return prompt
+
+    def _prompt(self, written: str | list[int] | list[ChatMessage], base: BaseEntry) -> Prompt:
         turns = [one for one in written if isinstance(one, ChatMessage)]
         token_ids = [one for one in written if isinstance(one, int)]
         try:

@@ -22,9 +22,11 @@ from pilotfish.models.loading import load_frozen, load_tokenizer, pick_device
 from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
 from serve.errors import GuideUnavailableError
+from serve.metrics import EngineMetrics
 from serve.replicas.decoding import OFF, Decoding, check_law, leave
 from serve.replicas.following import Stock
 from serve.replicas.remote_guide import RemoteLM
+from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
 from serve.wire import Batch, GenerateRequest, GuideUse
 
@@ -88,6 +90,8 @@ class BaseModel:
         self._off: frozenset[str] = frozenset()
         """Names of guides that are switched off."""
         self._stock = Stock(self._shelf, catalog, _versions, control, self._withdraw)
+        shown = EngineMetrics(config.base.model_id)
+        self._reporting = Reporting(lambda: shown.show(self._decoding.stats()))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Any, ...]]:
         """Yield a completion: see `Decoding.generate`.
@@ -152,6 +156,7 @@ class BaseModel:
     async def check_health(self) -> None:
         """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
         await self._stock.ensure()
+        self._reporting.ensure()
         self._decoding.thread.check()
 
     def close(self) -> None:

@@ -116,12 +116,22 @@ class Decoding:
         """Stop the loop; open streams get nothing more."""
         self.thread.close()
 
-    def stats(self) -> dict[str, int]:
-        """Return the process id, the requests in this replica, and the steps made so far."""
+    def stats(self) -> dict[str, Any]:
+        """Return the process id, the requests here at this moment, and totals since the start."""
+        engine, drafts = self.engine, self.engine.draft_stats
         return {
             "pid": os.getpid(),
             "num_open": self.thread.num_open,
             "num_steps": self.thread.num_steps,
+            "num_running": engine.num_running,
+            "num_waiting": engine.num_waiting,
+            "num_preempted": engine.num_preempted,
+            "cache_share": engine.cache_share,
+            "step_seconds": engine.stats.seconds,
+            "guide_seconds": dict(engine.stats.guide_seconds),
+            "num_rounds": drafts.num_rounds,
+            "num_drafted": drafts.num_drafted,
+            "num_accepted": drafts.num_accepted,
         }
 
     def _on_events(self, events: Sequence[PromptEvent | TokenEvent]) -> None:

@@ -20,10 +20,25 @@ from pilotfish.models.loading import pick_device
 from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
 from serve.errors import GuideUnavailableError
+from serve.metrics import EngineMetrics
 from serve.replicas.decoding import OFF, Decoding, check_law, leave
 from serve.replicas.following import Stock, versions_of
+from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
 from serve.wire import GenerateRequest
+
+_SUMS = (
+    "num_open",
+    "num_steps",
+    "num_running",
+    "num_waiting",
+    "num_preempted",
+    "step_seconds",
+    "num_rounds",
+    "num_drafted",
+    "num_accepted",
+)
+"""Of the stats of several decode loops."""
 
 
 class ResponseGuide:
@@ -47,6 +62,8 @@ class ResponseGuide:
         self._off = False
         """Whether the guide is switched off."""
         self._stock = Stock(self._shelf, catalog, versions_of(name), control, self._withdraw)
+        shown = EngineMetrics(config.base.model_id)
+        self._reporting = Reporting(lambda: shown.show(self._stats()))
 
     async def generate(
         self, request: GenerateRequest, version: GuideVersion
@@ -76,19 +93,25 @@ class ResponseGuide:
 
     async def stats(self) -> dict[str, Any]:
         """Return `Decoding.stats` of all versions together, and the versions that are loaded."""
-        every = {version.key: decoding.stats() for version, decoding in self._shelf.loaded.items()}
-        return {
-            "pid": os.getpid(),
-            "num_open": sum(stats["num_open"] for stats in every.values()),
-            "num_steps": sum(stats["num_steps"] for stats in every.values()),
-            "guides": sorted(every),
-        }
+        return {**self._stats(), "guides": sorted(version.key for version in self._shelf.loaded)}
 
     async def check_health(self) -> None:
         """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
         await self._stock.ensure()
+        self._reporting.ensure()
         for decoding in self._shelf.loaded.values():
             decoding.thread.check()
+
+    def _stats(self) -> dict[str, Any]:
+        every = [decoding.stats() for decoding in self._shelf.loaded.values()]
+        total = {name: sum(stats[name] for stats in every) for name in _SUMS}
+        shares = [stats["cache_share"] for stats in every]
+        return {
+            **total,
+            "pid": os.getpid(),
+            "cache_share": max(shares, default=0.0),
+            "guide_seconds": {},
+        }
 
     def close(self) -> None:
         """Stop all decode loops; open streams get nothing more."""

@@ -20,13 +20,13 @@ class AccessLog:
 
     def __init__(self, *, replica: str, prompts: bool) -> None:
         self._replica, self._prompts = replica, prompts
+        # Not through the root logger, whose level and format belong to Ray.
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
         if not logger.handlers:
-            # Not through the root logger, whose level and format belong to Ray.
             handler = logging.StreamHandler(sys.stdout)
             handler.setFormatter(logging.Formatter("%(message)s"))
             logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
-            logger.propagate = False
 
     def write(self, visit: Visit) -> None:
         if visit.path in _QUIET and visit.status < 400:

@@ -28,10 +28,12 @@ class Gate:
         doorman: Doorman,
         limits: LimitsConfig,
         over: Callable[[Visit], None],
+        keep_bodies: bool = False,
     ) -> None:
-        """`over` is called with every visit once it is."""
+        """`over` is called with every visit once it is; it has the body if those are kept."""
         self._app = app
         self._doorman, self._limits, self._over = doorman, limits, over
+        self._keep_bodies = keep_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,7 +80,8 @@ class Gate:
                 if body is None:
                     visit.status = _CLIENT_LEFT
                     return
-                visit.body, receive = body, _replay(body, receive)
+                visit.body = body if self._keep_bodies else b""
+                receive = _replay(body, receive)
         except APIError as error:
             await error_response(error)(scope, receive, send)
             return

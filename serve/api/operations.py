@@ -41,7 +41,9 @@ def surround(
 
     http.include_router(admin_routes(control, open_metrics=config.open_metrics))
     doorman = Doorman(load_keys(config), allow_unauthenticated=config.allow_unauthenticated)
-    http.add_middleware(Gate, doorman=doorman, limits=config.limits, over=over)
+    http.add_middleware(
+        Gate, doorman=doorman, limits=config.limits, over=over, keep_bodies=config.log_prompts
+    )
     return http
 
 

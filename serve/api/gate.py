@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +15,9 @@ from serve.errors import APIError
 from serve.ingress_config import LimitsConfig
 
 _CLIENT_LEFT = 499
+_PAGE = "/playground/"
 _OPEN = ("/health", "/ready", "/version", "/ping", "/playground")
+"""They say nothing of models, or are the page that asks its user for a key."""
 
 
 class Gate:
@@ -29,11 +31,16 @@ class Gate:
         limits: LimitsConfig,
         over: Callable[[Visit], None],
         keep_bodies: bool = False,
+        also_open: Collection[str] = (),
     ) -> None:
-        """`over` is called with every visit once it is; it has the body if those are kept."""
+        """`over` is called with every visit once it is; it has the body if those are kept.
+
+        `also_open` are paths that need no key, besides those that never do.
+        """
         self._app = app
         self._doorman, self._limits, self._over = doorman, limits, over
         self._keep_bodies = keep_bodies
+        self._open = {*_OPEN, *also_open}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,7 +78,7 @@ class Gate:
     async def _pass(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
-            if not _is_open(visit.path):
+            if not (visit.path in self._open or visit.path.startswith(_PAGE)):
                 peer = scope.get("client")
                 authorization = headers.get(b"authorization", b"")
                 visit.client = self._doorman.client(authorization, peer and peer[0])
@@ -121,11 +128,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-def _is_open(path: str) -> bool:
-    """Whether a path needs no key: it says nothing of models, or is the page that asks for one."""
-    return path in _OPEN or path.startswith("/playground/")
 
 
 def _text(headers: Mapping[bytes, bytes], name: bytes) -> str | None:

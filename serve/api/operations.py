@@ -42,7 +42,12 @@ def surround(
     http.include_router(admin_routes(control, open_metrics=config.open_metrics))
     doorman = Doorman(load_keys(config), allow_unauthenticated=config.allow_unauthenticated)
     http.add_middleware(
-        Gate, doorman=doorman, limits=config.limits, over=over, keep_bodies=config.log_prompts
+        Gate,
+        doorman=doorman,
+        limits=config.limits,
+        over=over,
+        keep_bodies=config.log_prompts,
+        also_open=("/metrics",) if config.open_metrics else (),
     )
     return http
 

@@ -63,8 +63,8 @@ def _ingress(
     ingress = config.ingress
     deployment = serve.deployment(
         name="Pipeline",
-        # Beyond the requests in flight it must still have room to say 429.
-        max_ongoing_requests=4 * ingress.max_in_flight,
+        # Beyond what decodes and what waits it must still have room to say 429.
+        max_ongoing_requests=2 * (ingress.max_in_flight + ingress.max_queued),
         ray_actor_options={"num_cpus": ingress.num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
         **_replicas(ingress, ingress.max_in_flight),

@@ -57,7 +57,9 @@ def export(visit: Visit, experiment: str) -> None:
         """Return a moment in nanoseconds since 1970."""
         return round((visit.began_at + moment - visit.began) * 1e9)
 
-    def span(name: str, began: float, ended: float, parent: Any, **attributes: Any) -> Any:
+    def span(
+        name: str, began: float, ended: float, parent: Any, attributes: dict[str, Any] | None = None
+    ) -> Any:
         made = start_span_no_context(
             name,
             parent_span=parent,
@@ -70,24 +72,21 @@ def export(visit: Visit, experiment: str) -> None:
         return made
 
     assert visit.ended is not None, "it is over"
-    root = span(
-        visit.path,
-        visit.began,
-        visit.ended,
-        None,
-        request_id=visit.request_id,
-        model=visit.model,
-        prompt_tokens=visit.num_prompt_tokens,
-        completion_tokens=visit.num_new_tokens,
-        finish_reasons=visit.finish_reasons,
-        failovers=len(visit.failovers),
-    )
+    about = {
+        "request_id": visit.request_id,
+        "model": visit.model,
+        "prompt_tokens": visit.num_prompt_tokens,
+        "completion_tokens": visit.num_new_tokens,
+        "finish_reasons": visit.finish_reasons,
+        "failovers": len(visit.failovers),
+    }
+    root = span(visit.path, visit.began, visit.ended, None, about)
     for name, began, ended in _stages(visit):
         made = span(name, began, ended, root)
         if name == "decode":
             for guide in visit.guides:
                 # It acts at every step, and how long that took only its replica knows.
-                span(f"guide {guide['name']}", began, ended, made, **guide)
+                span(f"guide {guide['name']}", began, ended, made, dict(guide))
     root.end(status="OK" if visit.status < 400 else "ERROR", end_time_ns=at(visit.ended))
 
 

@@ -37,6 +37,10 @@ Breakage = Callable[[Any], Any]
 MESSAGES: Any = [{"role": "user", "content": "what did the cat do"}]
 
 
+def _whole(call: Any) -> Any:
+    return call
+
+
 class Server:
     """One replica of each deployment, and ingresses in front of them."""
 
@@ -78,6 +82,7 @@ class Server:
         self.revisers = {
             name: ResponseGuide(self.config, name, self.catalog) for name in ("aligner", "brief")
         }
+        self._plain = self._pipeline()
         self.pilot = Pilot(base, paths, device="cpu", dtype="float64")
 
     def close(self) -> None:
@@ -93,13 +98,19 @@ class Server:
         return self.pilot.generate([prompt], sampling, guides=guides, draft=draft)[0]
 
     def pipeline(
-        self,
-        breakage: Breakage = lambda call: call,
-        *,
-        revising: Breakage = lambda call: call,
-        **ingress: Any,
+        self, breakage: Breakage = _whole, *, revising: Breakage = _whole, **ingress: Any
     ) -> Pipeline:
-        """`breakage` may break calls to the base, and `revising` those to guides that rewrite."""
+        """`breakage` may break calls to the base, and `revising` those to guides that rewrite.
+
+        Where neither does, and nothing is set, it is one that others have used.
+        """
+        if breakage is _whole and revising is _whole and not ingress:
+            return self._plain
+        return self._pipeline(breakage, revising, **ingress)
+
+    def _pipeline(
+        self, breakage: Breakage = _whole, revising: Breakage = _whole, **ingress: Any
+    ) -> Pipeline:
         base = LocalHandle(self.model, breakage)
         guides = {name: LocalHandle(model, revising) for name, model in self.revisers.items()}
         guides["far"] = LocalHandle(self.far)

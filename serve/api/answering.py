@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from serve.api.answers import DONE, sse
@@ -42,6 +42,7 @@ class Answer:
         self._with_prompt_ids = with_prompt_ids
         pieces = merge([choice.pieces() for choice in choices])
         self._pieces = current_visit().watch(pieces, len(choices))
+        self._num_open = len(choices)
         self._first: asyncio.Future[tuple[int, Piece]] | None = None
 
     async def whole(self) -> dict[str, Any]:
@@ -70,11 +71,11 @@ class Answer:
             for index in range(len(self.choices)):
                 if (opening := self.plan.shape.opening(index)) is not None:
                     yield self._event([opening])
-            num_open = len(self.choices)
-            async for index, piece in self._all():
-                num_open -= piece.finish_reason is not None
-                if (choice := self._choice(index, piece)) is not None:
-                    yield self._event([choice], **({} if num_open else self._ending()))
+            if self._first is not None and (event := self._said(*await self._first)):
+                yield event
+            async for index, piece in self._pieces:
+                if event := self._said(index, piece):
+                    yield event
             if self._options.include_usage:
                 yield self._event([], usage=self.usage())
         except Exception as error:
@@ -99,22 +100,19 @@ class Answer:
             "total_tokens": num_prompt + num_new,
         }
 
-    async def _all(self) -> AsyncGenerator[tuple[int, Piece]]:
-        if self._first is not None:
-            yield await self._first
-        async for item in self._pieces:
-            yield item
-
-    def _choice(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """Return a choice of an event; None if there is nothing to say."""
+    def _said(self, index: int, piece: Piece) -> str:
+        """Return an event with a choice, which is empty if there is nothing to say."""
         details = self._details[index]
         if not (piece.text or piece.finish_reason or (details.wanted and piece.tokens)):
-            return None
+            return ""
         choice = self.plan.shape.piece(index, piece.text)
         if details.wanted:
             choice.update(details.of(piece))
+        if piece.finish_reason is None:
+            return self._event([choice])
         choice["finish_reason"] = piece.finish_reason
-        return choice
+        self._num_open -= 1
+        return self._event([choice], **({} if self._num_open else self._ending()))
 
     def _event(self, choices: list[dict[str, Any]], **fields: Any) -> str:
         event = self.plan.header.event(self.plan.shape.event_kind, choices)

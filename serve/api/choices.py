@@ -106,7 +106,7 @@ class Choice:
 
         It raises what `follow` and `ask` raise, and `PromptError` for a draft too long to rewrite.
         """
-        if self._chain.selection is None:
+        if self._chain.selection is None or self.task.params["max_tokens"] == 0:
             stream = self._decoded()
         else:
             stream = self._selected(self._chain.selection)

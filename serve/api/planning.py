@@ -10,13 +10,19 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pilotfish.chat import render_prompt
+from pilotfish.chat import PromptInput, render_prompt
 from pilotfish.context import Prompt
-from pilotfish.decode.detokenize import TextStream
 from pilotfish.errors import PromptError
 from pilotfish.guides.base import Stage
 from pilotfish.noise import draft_seed
 from serve.api.answers import ChatShape, Header, Shape, TextShape
+from serve.api.checks import (
+    check_chain,
+    check_ids,
+    check_unfinished,
+    check_vocabulary,
+    check_whole_answers,
+)
 from serve.api.choices import Chain, Task
 from serve.api.limits import check_prompt, check_sizes
 from serve.api.schema.chat import ChatMessage, ChatRequest
@@ -86,7 +92,7 @@ class Planner:
         # Serve gives every request an id in its header, so the body's own goes first.
         request_id = body.request_id or caller.request_id or uuid.uuid4().hex
         chosen = _choose(body, catalog, request_id)
-        _check_ids(body, catalog.base)
+        check_ids(body, catalog.base)
         written = [body.messages] if isinstance(body, ChatRequest) else body.prompt
         check_sizes(self._config.limits, body, num_prompts=len(written))
         prompts = [self.prompt(one, catalog.base) for one in written]
@@ -107,6 +113,19 @@ class Planner:
         self._check(body, plan, catalog.base)
         return plan
 
+    def _check(self, body: ChatRequest | CompletionRequest, plan: Plan, base: BaseEntry) -> None:
+        if plan.num_streams > self._config.max_in_flight:
+            message = (
+                f"{plan.num_streams} completions at once (prompts, times n, times the drafts of a "
+                f"guide) are more than the {self._config.max_in_flight} of this server."
+            )
+            raise APIError(400, message, param="n")
+        check_chain(body, plan.chain)
+        if body.completed_token_ids:
+            check_unfinished(plan.tasks[0], self.tokenizer, base, ignore_eos=body.ignore_eos)
+        for task in plan.tasks[:: body.n]:
+            check_whole_answers(plan.chain, task)
+
     def prompt(self, written: str | list[int] | list[ChatMessage], base: BaseEntry) -> Prompt:
         """Return a text, ids or a conversation as the base reads it. Raises `APIError`."""
         prompt = self._prompt(written, base)
@@ -114,19 +133,20 @@ class Planner:
         return prompt
 
     def _prompt(self, written: str | list[int] | list[ChatMessage], base: BaseEntry) -> Prompt:
-        turns = [one for one in written if isinstance(one, ChatMessage)]
+        if isinstance(written, str):
+            return Prompt(self._rendered(written, "prompt"), text=written)
+        messages = tuple(one.plain() for one in written if isinstance(one, ChatMessage))
+        if messages:
+            return Prompt(self._rendered(messages, "messages"), messages)
         token_ids = [one for one in written if isinstance(one, int)]
-        try:
-            if turns:
-                messages = tuple(turn.plain() for turn in turns)
-                return Prompt(render_prompt(self.tokenizer, messages), messages)
-            if isinstance(written, str):
-                return Prompt(render_prompt(self.tokenizer, written), text=written)
-        except PromptError as error:
-            param = "messages" if turns else "prompt"
-            raise APIError(400, str(error), param=param) from error
-        _check_vocabulary("prompt", token_ids, base)
+        check_vocabulary("prompt", token_ids, base)
         return Prompt(token_ids)
+
+    def _rendered(self, prompt: PromptInput, param: str) -> list[int]:
+        try:
+            return render_prompt(self.tokenizer, prompt)
+        except PromptError as error:
+            raise APIError(400, str(error), param=param) from error
 
     def _tasks(
         self,
@@ -141,8 +161,8 @@ class Planner:
         for prompt in prompts:
             params = self._params(body, len(prompt.token_ids), base)
             echo = isinstance(body, CompletionRequest) and body.echo
+            # Who draws nothing reads, be it nothing.
             reads = len(prompt.token_ids) if params["max_tokens"] == 0 else None
-            text = self.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
             for number in range(body.n):
                 index = len(tasks)
                 task = Task(
@@ -152,11 +172,16 @@ class Planner:
                     params={**params, "seed": draft_seed(seed, number)},
                     completed=body.completed_token_ids,
                     keep_stop=body.include_stop_str_in_output,
-                    echo=str(text) if echo else "",
+                    echo=self._text(prompt) if echo else "",
                     read_from=0 if echo and body.wants_logprobs else reads,
                 )
                 tasks.append(task)
         return tasks
+
+    def _text(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return str(self.tokenizer.decode(prompt.token_ids, skip_special_tokens=True))
 
     def _params(
         self, body: ChatRequest | CompletionRequest, num_prompt: int, base: BaseEntry
@@ -214,35 +239,6 @@ class Planner:
             revisions=[whole[n].revising(chosen.use(n)) for n in chosen.chain.revisions],
         )
 
-    def _check(self, body: ChatRequest | CompletionRequest, plan: Plan, base: BaseEntry) -> None:
-        if plan.num_streams > self._config.max_in_flight:
-            message = (
-                f"{plan.num_streams} completions at once (prompts, times n, times the drafts of a "
-                f"guide) are more than the {self._config.max_in_flight} of this server."
-            )
-            raise APIError(400, message, param="n")
-        if body.completed_token_ids:
-            self._check_completed(body, plan, base)
-        if plan.chain.revisions:
-            _check_revised(body)
-        for task in plan.tasks[:: body.n]:
-            _check_whole_answers(plan.chain, task)
-
-    def _check_completed(self, body: GenerationRequest, plan: Plan, base: BaseEntry) -> None:
-        """Raise `APIError` unless there is something behind what is there."""
-        task, completed = plan.tasks[0], body.completed_token_ids
-        if plan.chain.selection is not None or plan.chain.revisions:
-            message = "A guide that selects or rewrites answers cannot go on with half of one."
-            raise APIError(400, message, param="completed_token_ids")
-        params = task.params
-        text = TextStream(self.tokenizer, params["stop"], min_tokens=params["min_tokens"])
-        for token_id in completed:
-            text.push(token_id)
-        ends = {*params["stop_token_ids"], *(() if body.ignore_eos else base.end_ids)}
-        if text.stopped or completed[-1] in ends or len(completed) >= params["max_tokens"]:
-            message = "completed_token_ids are a finished answer: nothing is missing behind them."
-            raise APIError(400, message, param="completed_token_ids")
-
 
 def _choose(body: GenerationRequest, catalog: Catalog, request_id: str) -> Chosen:
     also = [GuideAsk(name=name, param="response_guide") for name in body.response_guides]
@@ -268,44 +264,3 @@ def _draft(body: GenerationRequest, catalog: Catalog) -> DraftUse | None:
         )
         raise APIError(400, message, param="draft")
     return DraftUse(guide=entry.name, num_tokens=body.drafting.num_tokens)
-
-
-def _check_ids(body: GenerationRequest, base: BaseEntry) -> None:
-    _check_vocabulary("completed_token_ids", body.completed_token_ids, base)
-    _check_vocabulary("stop_token_ids", body.stop_token_ids, base)
-    _check_vocabulary("logit_bias", [int(token_id) for token_id in body.logit_bias], base)
-
-
-def _check_vocabulary(param: str, token_ids: Sequence[int], base: BaseEntry) -> None:
-    strange = next((i for i in token_ids if i >= base.vocab_size), None)
-    if strange is not None:
-        message = f"{param} token id {strange} is outside the vocabulary of {base.vocab_size}."
-        raise APIError(400, message, param=param)
-
-
-def _check_revised(body: ChatRequest | CompletionRequest) -> None:
-    """Raise `APIError` for what means nothing where the answer is rewritten."""
-    wants = {
-        "logprobs": body.wants_logprobs,
-        "echo": isinstance(body, CompletionRequest) and body.echo,
-        "include_stop_str_in_output": body.include_stop_str_in_output,
-    }
-    for name, wanted in wants.items():
-        if wanted:
-            message = f"{name} is about the tokens of an answer, which a guide is to rewrite."
-            raise APIError(400, message, param=name)
-
-
-def _check_whole_answers(chain: Chain, task: Task) -> None:
-    """Raises `PromptError`."""
-    if chain.selection is not None:
-        selector, name = chain.selection.selector, chain.selection.use.version.name
-        if task.params["temperature"] == 0 and selector.num_drafts > 1:
-            message = (
-                f"Guide {name!r} selects among {selector.num_drafts} drafts, but at temperature 0 "
-                "they are all the same. Raise the temperature, or leave the guide out."
-            )
-            raise APIError(400, message, param="temperature")
-        selector.check(task.prompt, task.params["max_tokens"])
-    for revision in chain.revisions:
-        revision.check(task.prompt)

@@ -42,15 +42,17 @@ async def _send_invalid(_: Request, error: Exception) -> Response:
     context = found.get("ctx", {})
     if found["type"] == "json_invalid":
         return error_response(APIError(400, f"The body is not JSON: {context['error']}."))
-    if found["loc"] == ("body",) and "param" not in context:
+    if not where and "param" not in context:
         message = "The body must be a JSON object, with Content-Type: application/json."
         return error_response(APIError(400, message))
-    param = context.get("param") or (where[0] if where else None)
-    message = found["msg"]
+    place = ".".join(where)
     if found["type"] == "extra_forbidden":
-        message = f"Unrecognized request argument supplied: {'.'.join(where)}"
-    elif where:
-        message = f"{'.'.join(where)}: {message}"
+        message = f"Unrecognized request argument supplied: {place}"
+    elif "param" in context:  # said by one of our own validators, in full
+        message = found["msg"]
+    else:
+        message = f"{place}: {found['msg']}"
+    param = context.get("param") or (where[0] if where else None)
     return error_response(APIError(400, message, param=param))
 
 

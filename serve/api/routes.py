@@ -28,6 +28,7 @@ from serve.api.schema.text import CompletionRequest
 from serve.catalog import Catalog, GuideEntry
 from serve.choosing import choose
 from serve.errors import APIError
+from serve.playground.page import playground_routes
 
 
 class Answering(Protocol):
@@ -56,6 +57,7 @@ def build_routes(pipeline: Answering) -> FastAPI:
     _add_reading(http, pipeline)
     _add_models(http, pipeline)
     _add_health(http, pipeline)
+    http.include_router(playground_routes())
     return http
 
 
@@ -71,7 +73,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorAnswer, "description": "What is wrong with the request."},
     "5XX": {"model": ErrorAnswer, "description": "What is wrong with the server, for now."},
 }
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
 
 
 def _streamed(model: type) -> dict[int | str, dict[str, Any]]:

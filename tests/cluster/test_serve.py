@@ -150,8 +150,11 @@ def test_errors_pass_the_proxy_in_the_shape_that_the_client_knows(world: World) 
         _chat(world, model="base:unheard")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.BadRequestError) as refused:
-        _chat(world, n=2)
-    assert (refused.value.param, refused.value.type) == ("n", "invalid_request_error")
+        _chat(world, presence_penalty=1)
+    assert (refused.value.param, refused.value.type) == (
+        "presence_penalty",
+        "invalid_request_error",
+    )
 
 
 def test_a_client_that_goes_away_frees_its_slot(world: World) -> None:

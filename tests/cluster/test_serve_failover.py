@@ -140,7 +140,7 @@ def test_a_moved_alias_swaps_the_guide_under_load(world: World) -> None:
         world.registry.set_registered_model_alias("near", "prod", "2")
         url = f"{world.app.url}/admin/guides/reload"
         answer = await asyncio.to_thread(requests.post, url, json={"name": "near"}, timeout=60)
-        (said,) = answer.json()["guides"]
+        (said,) = answer.json()["data"]
         assert (said["status"], said["version"]) == ("swapped", "2"), said
         async with world.app.client() as client:
             later.append(reader(client, 50, max_tokens=60))

@@ -38,7 +38,7 @@ class Only:
 
 def new_engine() -> Engine:
     guides = {"g": GenARMGuide(CausalLM(GUIDE)), "ends": Only(*ENDS), "few": Only(1, 5, 9)}
-    return Engine(CausalLM(BASE), guides, end_ids=ENDS)
+    return Engine(CausalLM(BASE), guides, end_ids=ENDS | {99})  # as some generation configs do
 
 
 def run(**rows: dict[str, Any]) -> dict[str, list[TokenEvent]]:
@@ -94,6 +94,12 @@ def test_a_row_is_what_it_is_alone() -> None:
         assert [event.token_id for event in together[name]] == tokens
 
 
+def test_the_largest_biases_are_no_overflow() -> None:
+    engine = Engine(CausalLM(tiny_llama(1, dtype=torch.float32)))
+    engine.submit(request(1, [4, 2], logit_bias={5: 100.0, 6: 100.0}, seed=3))
+    assert {event.token_id for event in drain(engine)[1]} == {5, 6}
+
+
 def test_where_guides_allow_nothing_but_an_early_end_the_base_decides() -> None:
     paths = run(
         ends={"guides": {"ends": 1.0}, "min_tokens": 3},
@@ -118,8 +124,10 @@ def test_tokens_that_guides_forbid_are_not_among_the_likeliest() -> None:
 
 def test_ids_of_biases_and_ends_leave_something_to_draw() -> None:
     engine = new_engine()
-    with pytest.raises(PromptError, match="logit_bias token id 16 is outside the vocabulary of 16"):
-        engine.check(request(1, [1], logit_bias={16: 1.0}))
+    foreign: list[dict[str, Any]] = [{"logit_bias": {16: 1.0}}, {"stop_token_ids": (16,)}]
+    for strange in foreign:
+        with pytest.raises(PromptError, match="token id 16 is outside the vocabulary of 16"):
+            engine.check(request(1, [1], **strange))
     ends = {"min_tokens": 1, "stop_token_ids": tuple(range(16))}
     with pytest.raises(PromptError, match="all 16 tokens end the completion"):
         engine.check(request(1, [1], **ends))

@@ -90,3 +90,11 @@ def test_stop_strings_of_the_first_tokens_are_plain_text(min_tokens: int, expect
         stream.push(token_id)
     stream.flush()
     assert stream.text == expected
+
+
+def test_the_stop_string_that_ends_a_text_can_stay_in_it() -> None:
+    tokenizer = hh_tokenizer()
+    stream = TextStream(tokenizer, ("wait", "wait."), keep_stop=True)
+    ids = tokenizer.encode("put it in. Then wait. Then eat", add_special_tokens=False)
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert "".join([*pieces, stream.flush()]) == stream.text == "put it in. Then wait"

@@ -205,11 +205,12 @@ def test_greedy_drafted_text_is_the_greedy_text() -> None:
     assert text(Drafting(guide="a")) == text(None)
 
 
-def test_a_drafter_that_says_what_the_base_would_is_always_kept() -> None:
+@pytest.mark.parametrize("reshaped", [{}, {**RESHAPED, "min_tokens": 20}])
+def test_a_drafter_that_says_what_the_base_would_is_always_kept(reshaped: dict[str, Any]) -> None:
     base = MODELS["base"]
     engine = Engine(CausalLM(base), drafters={"same": CausalLM(base)})
     draft = Drafting(model="same", num_tokens=4)
-    engine.submit(request(1, [1, 2], max_tokens=20, draft=draft))
+    engine.submit(request(1, [1, 2], max_tokens=20, draft=draft, **reshaped))
     events = drain(engine)[1]
     assert engine.draft_stats.num_accepted == engine.draft_stats.num_drafted
     assert sum(event.drafted for event in events) == engine.draft_stats.num_accepted > 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pilotfish.chat import Message
-from pilotfish.context import Prompt
+from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import (
     FinishReason,
@@ -182,6 +182,21 @@ def scored(key: int, ids: list[int], read_from: int, **settings: Any) -> Request
     return replace(request(key, ids, **{"max_tokens": 0, **settings}), read_from=read_from)
 
 
+def test_guides_see_a_prompt_that_ends_before_the_token_that_is_read() -> None:
+    engine, seen = new_engine(read_budget=5), []
+    guide = engine.guides["arm"]
+    begin = guide.begin
+
+    def note(contexts: Sequence[Context]) -> Any:
+        seen.extend((list(one.prompt.token_ids), list(one.token_ids)) for one in contexts)
+        return begin(contexts)
+
+    guide.begin = note
+    engine.submit(scored(1, TEXT, 0, guides={"arm": 1.0}))
+    drain(engine)
+    assert seen == [(TEXT[:at], TEXT[:at]) for at in range(1, len(TEXT))]
+
+
 def test_pooled_rewards_read_a_prefix_as_the_prompt_that_it_then_is() -> None:
     pooled = RewardReading(pooling="pooled", pool_length=7)
 
@@ -213,6 +228,22 @@ def test_a_range_with_nothing_in_it_ends_too(read_from: int) -> None:
     }
     assert {key: len(path) for key, path in drawn.items()} == {2: 2}
     assert engine.num_running == 0
+
+
+def test_a_request_that_broke_off_reads_the_rest_and_goes_on_behind_its_tokens() -> None:
+    params: dict[str, Any] = {"guides": CHAINS["mix"], "max_tokens": 8, "ignore_eos": True}
+    whole = new_engine()
+    whole.submit(scored(1, TEXT, 0, top_logprobs=TOP, **params))
+    read, drawn = drain(whole)
+    tokens = [event.token_id for event in drawn[1]]
+    again = new_engine(read_budget=5, prefill_budget=8)
+    rest = scored(1, TEXT, 14, top_logprobs=TOP, completed=tuple(tokens[:3]), **params)
+    again.submit(rest)
+    read_again, drawn_again = drain(again)
+    check(readings_of(read_again[1]), 14, TEXT, "mix")
+    assert len(readings_of(read[1])) == len(TEXT) - 1
+    assert [event.index for event in drawn_again[1]] == [3, 4, 5, 6, 7]
+    assert [event.token_id for event in drawn_again[1]] == tokens[3:]
 
 
 def test_nothing_is_computed_twice() -> None:

@@ -167,4 +167,5 @@ def test_tokens_read_as_what_they_add_to_a_text() -> None:
         texts = TokenTexts(tokenizer)
         found = [texts[token_id] for token_id in tokenizer.encode(text)]
         assert bytes(b for one in found for b in one.utf8).decode().strip() == text
-        assert texts[tokenizer.eos_token_id].text.strip() == tokenizer.eos_token
+        [end] = tokenizer.encode(str(tokenizer.eos_token), add_special_tokens=False)
+        assert texts[end].text.strip() == tokenizer.eos_token

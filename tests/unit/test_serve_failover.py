@@ -157,7 +157,7 @@ def test_a_guide_that_can_be_spared_is_left_out_and_said_to_be(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def gone(*_: Any) -> Any:
-        raise ActorDiedError
+        raise RuntimeError("out of memory")
 
     monkeypatch.setattr(server.far, "logprobs", gone)
     fields: dict[str, Any] = {"max_tokens": 12, "seed": 1}
@@ -196,7 +196,7 @@ def test_a_revision_that_can_be_spared_leaves_the_draft(server: Server, stream: 
 def test_a_guide_that_is_switched_off_is_refused_or_spared(server: Server) -> None:
     entry = server.catalog.guide("helpful")
     assert entry is not None
-    pipeline = server.pipeline()
+    pipeline = server.pipeline(max_in_flight=64)
     pipeline._stock._following.catalog = server.catalog.with_guide(replace(entry, enabled=False))
     refused = chat(pipeline, model="base:helpful")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "guide_disabled")

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pilotfish.errors import PromptError
-from serve.api.journal import Journal, Patience, follow
+from serve.api.journal import Journal, Patience, ask, follow
 from serve.artifacts import Artifact
 from serve.catalog import GuideVersion
 from serve.errors import EngineError
@@ -167,6 +167,63 @@ def test_a_guide_that_was_given_up_stays_given_up_elsewhere() -> None:
     assert collect(replicas, entry) == TEXT
     assert replicas.requests[1]["gave_up"] == ["g"]
     assert entry.gave_up == {"g": 3}
+
+
+PROMPT = list(range(6))
+
+
+def readings(*positions: int) -> list[tuple[Any, ...]]:
+    return [(at, PROMPT[at], -1.0, -1.0, 0.0, None) for at in positions]
+
+
+def test_a_prompt_that_was_half_read_is_read_on_elsewhere() -> None:
+    async def dies_reading(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(1, 2))
+        raise ActorDiedError
+
+    async def dies_having_read(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(3, 4, 5))
+        yield ([token(0)],)
+        raise ActorDiedError
+
+    entry = journal()
+    entry.read_from = 0
+    replicas = Replicas(dies_reading, dies_having_read, healthy)
+    assert collect(replicas, entry) == TEXT
+    assert [reading.token_id for reading in entry.readings] == PROMPT[1:]
+    starts = [request.get("read_from") for request in replicas.requests]
+    assert starts == [1, 3, 6]
+
+
+def test_readings_that_skip_a_position_are_read_again() -> None:
+    async def skips(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(1, 3))
+
+    async def reads(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(1, 2, 3, 4, 5), True)
+
+    entry = journal()
+    entry.read_from = 0
+    assert collect(Replicas(skips, reads), entry) == []
+    assert [reading.position for reading in entry.readings] == [1, 2, 3, 4, 5]
+    assert entry.finish_reason == "length"
+
+
+def test_a_call_is_made_again_until_it_is_answered() -> None:
+    errors = [ActorDiedError(), TimeoutError(), None]
+
+    async def call() -> str:
+        if (error := errors.pop(0)) is not None:
+            raise error
+        return "answer"
+
+    assert asyncio.run(ask(call, PATIENCE)) == "answer"
+    errors[:] = [ActorDiedError()] * 3
+    with pytest.raises(ActorDiedError):
+        asyncio.run(ask(call, PATIENCE))
+    errors[:] = [PromptError("too long"), None]
+    with pytest.raises(PromptError):
+        asyncio.run(ask(call, PATIENCE))
 
 
 def test_errors_of_user_code_behind_ray_are_told_apart_by_their_cause() -> None:

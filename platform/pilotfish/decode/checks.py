@@ -63,12 +63,17 @@ class Checks:
 
     def _check_ids(self, request: Request) -> None:
         size, params = self.base.vocab_size, request.params
-        for what, ids in (("prompt", request.prompt.token_ids), ("logit_bias", params.logit_bias)):
+        named = {
+            "prompt": request.prompt.token_ids,
+            "stop": params.stop_token_ids,
+            "logit_bias": params.logit_bias,
+        }
+        for what, ids in named.items():
             strange = next((i for i in ids if not 0 <= i < size), None)
             if strange is not None:
                 raise PromptError(f"{what} token id {strange} is outside the vocabulary of {size}.")
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.end_ids)}
-        if params.min_tokens and len(ends.intersection(range(size))) == size:
+        if params.min_tokens and len(ends) == size:
             raise PromptError(
                 f"min_tokens is {params.min_tokens}, but all {size} tokens end the completion, so "
                 "none may come first. Leave out one of stop_token_ids."

@@ -87,8 +87,9 @@ class Engine:
         self.drafters = dict(drafters or {})
         self.draft_stats = DraftStats()
         self.stats = EngineStats()
-        self._checks = Checks(base, self.guides, self.drafters, end_ids, tokenizer)
-        self._end_ids = end_ids
+        # What is never drawn ends nothing; some generation configs name ids behind the vocabulary.
+        self._end_ids = frozenset(i for i in end_ids if i < base.vocab_size)
+        self._checks = Checks(base, self.guides, self.drafters, self._end_ids, tokenizer)
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(base, prefill_budget=prefill_budget)
         self._pace = Pace()

@@ -99,5 +99,4 @@ class Running:
 def _to_read(request: Request) -> range:
     if request.read_from is None:
         return range(0)
-    num_prompt = len(request.prompt.token_ids)
-    return range(min(max(1, request.read_from), num_prompt), num_prompt)
+    return range(max(1, request.read_from), len(request.prompt.token_ids))

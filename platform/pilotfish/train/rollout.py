@@ -75,8 +75,8 @@ def _check(params: SamplingParams) -> None:
     if params.reshapes:
         raise ConfigError(
             f"rollouts sample from the policy itself, but got {params}: PPO would compare "
-            "log-probs of another law. Leave temperature, top_k, top_p, min_p, min_tokens and logit_bias at "
-            "their defaults; a proxy has a temperature of its own in its settings."
+            "log-probs of another law. Leave temperature, top_k, top_p, min_p, min_tokens and "
+            "logit_bias at their defaults; a proxy has a temperature of its own in its settings."
         )
 
 

@@ -10,17 +10,20 @@ from ray.serve import Application
 from pilotfish.guides.base import Stage
 from serve.api.ingress import Pipeline
 from serve.catalog import Catalog, make_catalog
-from serve.config import ProcessConfig, ReplicasConfig, ServeConfig, parse_args
+from serve.config import ServeConfig, parse_args
 from serve.guides import Guides
 from serve.replicas.base_model import BaseModel
 from serve.replicas.following import CONTROL, control_handle
 from serve.replicas.guide_model import GuideModel
 from serve.replicas.response_guide import ResponseGuide
+from serve.replicas_config import ProcessConfig, ReplicasConfig
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 5}
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
+# Every replica of the application waits at `Guides` for changes.
+_MANY = 10_000
 _FULL = 0.75
 """Share of a replica's slots that autoscaling aims at."""
 
@@ -43,7 +46,9 @@ def build(args: dict[str, Any] | ServeConfig) -> Application:
             remote[entry.name] = _guide(config, entry.name, catalog)
     base = _base(config, catalog, remote)
     replicas = {"": base, **remote, **revising}
-    guides = serve.deployment(name=CONTROL, ray_actor_options={"num_cpus": 0}, **_HEALTH)(Guides)
+    guides = serve.deployment(
+        name=CONTROL, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_MANY, **_HEALTH
+    )(Guides)
     control = guides.bind(config, catalog, replicas)
     return _ingress(config, catalog, base, {**remote, **revising}, control)
 
@@ -58,8 +63,8 @@ def _ingress(
     ingress = config.ingress
     deployment = serve.deployment(
         name="Pipeline",
-        # Beyond the requests in flight it must still have room to say 429.
-        max_ongoing_requests=4 * ingress.max_in_flight,
+        # Beyond what decodes and what waits it must still have room to say 429.
+        max_ongoing_requests=2 * (ingress.max_in_flight + ingress.max_queued),
         ray_actor_options={"num_cpus": ingress.num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
         **_replicas(ingress, ingress.max_in_flight),

@@ -100,6 +100,10 @@ class Catalog:
     def guide(self, name: str) -> GuideEntry | None:
         return next((guide for guide in self.guides if guide.name == name), None)
 
+    def is_newer(self, other: "Catalog") -> bool:
+        """Whether this is what became of another one, of the same deployment."""
+        return self.created == other.created and self.revision > other.revision
+
     def with_guide(self, entry: GuideEntry) -> "Catalog":
         """Return the next catalog, in which one guide is another."""
         guides = tuple(entry if guide.name == entry.name else guide for guide in self.guides)
@@ -137,14 +141,11 @@ def make_catalog(config: ServeConfig, *, created: int) -> Catalog:
     return Catalog(base, guides, created)
 
 
-def resolve_version(
-    guide: GuideConfig, base: BaseEntry, *, path: str, tracking_uri: str | None
-) -> GuideVersion:
-    """Pin a path down to a version of a guide that can steer this base.
+def resolve_version(guide: GuideConfig, base: BaseEntry, *, artifact: Artifact) -> GuideVersion:
+    """Look into an artifact: return it as a version of a guide that can steer this base.
 
     Raises what `make_catalog` raises.
     """
-    artifact = pin(path, tracking_uri)
     folder = artifact.fetch()
     card = check_guide(folder, base=base.artifact.uri, base_vocab=base.vocab)
     if guide.placement == "remote" and GUIDES[card.kind].stage is not Stage.REVISION:
@@ -159,7 +160,7 @@ def resolve_version(
 
 
 def _guide_entry(guide: GuideConfig, config: ServeConfig, base: BaseEntry) -> GuideEntry:
-    version = resolve_version(guide, base, path=guide.path, tracking_uri=config.tracking_uri)
+    version = resolve_version(guide, base, artifact=pin(guide.path, config.tracking_uri))
     revises = version.stage is Stage.REVISION
     if revises and guide.placement != "remote":
         raise CheckpointError(

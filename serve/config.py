@@ -9,7 +9,6 @@ from pydantic import (
     AfterValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -17,7 +16,8 @@ from pydantic import (
 
 from pilotfish.config import Config, parse, resolve_references
 from pilotfish.errors import ConfigError
-from pilotfish.models.loading import Dtype
+from serve.ingress_config import IngressConfig
+from serve.replicas_config import ProcessConfig, ReplicasConfig
 
 
 def _check_name(name: str) -> str:
@@ -37,61 +37,6 @@ def _check_model_id(model_id: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name)]
 ModelId = Annotated[str, AfterValidator(_check_model_id)]
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Ray resources of one replica; fractions share a core or a GPU."""
-
-
-class ProcessConfig(Config):
-    """One replica's resources, and how it computes."""
-
-    num_cpus: Share = 1
-    num_gpus: Share = 0
-    device: str = "auto"
-    """`auto` is the accelerator that Ray gave this replica, else the CPU."""
-    dtype: Dtype = "auto"
-    threads: PositiveInt = 1
-    """Threads of a forward on the CPU. More replicas usually beat more threads."""
-
-
-class Autoscaling(Config):
-    """How many replicas there are, by the requests that each works on."""
-
-    min_replicas: NonNegativeInt = 1
-    max_replicas: PositiveInt
-    target_ongoing_requests: PositiveFloat | None = None
-    """Per replica; by default what fills its slots to three quarters. For a remote guide these are
-    calls of base replicas, of which each has one at a time."""
-    upscale_delay_s: NonNegativeFloat = 10
-    """A burst that is over sooner starts nothing: loading a model takes longer than it."""
-    downscale_delay_s: NonNegativeFloat = 300
-    """A replica that goes takes its caches with it, and is dear to load again."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "Autoscaling":
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}, wanted at least min_replicas, "
-                f"{self.min_replicas}"
-            )
-        return self
-
-
-class ReplicasConfig(Config):
-    """How many replicas a deployment has: a number, or what autoscaling makes of the load."""
-
-    num_replicas: PositiveInt = 1
-    autoscaling: Autoscaling | None = None
-    """Instead of `num_replicas`."""
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "ReplicasConfig":
-        if self.autoscaling is not None and "num_replicas" in self.model_fields_set:
-            raise ValueError("num_replicas and autoscaling are both set; leave one out")
-        return self
-
-    @property
-    def most_replicas(self) -> int:
-        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class BaseConfig(ProcessConfig, ReplicasConfig):
@@ -143,23 +88,6 @@ class GuideConfig(ProcessConfig, ReplicasConfig):
                 "runs in the base's processes. Leave it out, or set placement to remote"
             )
         return self
-
-
-class IngressConfig(ReplicasConfig):
-    """The HTTP side: admission, defaults of requests, and when to give up on a replica."""
-
-    num_cpus: Share = 0.5
-    max_tokens: PositiveInt = 256
-    """For requests that do not say; never more than the context leaves room for."""
-    max_in_flight: PositiveInt = 256
-    """Requests that one ingress replica works on; beyond it answers 429."""
-    retry_after_s: PositiveInt = 1
-    first_token_deadline_s: PositiveFloat = 120
-    """From sending a request to a replica to its first token: queueing and prefill."""
-    token_deadline_s: PositiveFloat = 10
-    """Between tokens. A stuck replica raises nothing; this is what notices it."""
-    max_attempts: PositiveInt = 4
-    """Replicas tried in a row without one new token."""
 
 
 class ServeConfig(Config):

@@ -2,21 +2,28 @@
 
 import asyncio
 import logging
+import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pilotfish.errors import PilotfishError
+from pilotfish.errors import ConfigError
 from pilotfish.guides.base import Stage
-from serve.artifacts import follows_alias
+from serve.artifacts import Artifact, follows_alias, is_mlflow_uri, pin
 from serve.catalog import Catalog, GuideEntry, GuideVersion, Trial, resolve_version
 from serve.config import ServeConfig
 from serve.errors import APIError, cause_of
+from serve.metrics import GuideMetrics
 from serve.retries import is_retryable
 
 logger = logging.getLogger(__name__)
 
 _LONG_POLL_S = 20
+_ATTEMPTS = 3
+_RETRY_S = 2.0
+_STATS_S = 5.0
+_REFUSED_S = 300.0
 
 
 class Guides:
@@ -33,23 +40,28 @@ class Guides:
         self._catalog = catalog
         self._changed = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
+        self._metrics = GuideMetrics(config.base.model_id)
         self._polling: asyncio.Task[None] | None = None
+        self._refused: dict[str, tuple[Artifact, float]] = {}
+        """By guide, what was refused last, and when to look whether it is better now."""
 
     async def changes(self, known: Catalog) -> Catalog | None:
         """Return a catalog newer than `known`, as soon as there is one; None after a while.
 
         Whoever knows a newer one than is known here brings it: that is how a replica of this that
-        was restarted learns what was decided before.
+        was restarted learns what was decided before. While one deployment of the application
+        follows another, replicas of the two have nothing to say to each other.
         """
-        if known.revision > self._catalog.revision:
+        if known.is_newer(self._catalog):
             self._publish(known)
-        if known.revision == self._catalog.revision:
+        if not self._catalog.is_newer(known):
             changed = self._changed
             try:
-                await asyncio.wait_for(changed.wait(), _LONG_POLL_S)
+                async with asyncio.timeout(_LONG_POLL_S):
+                    await changed.wait()
             except TimeoutError:
                 return None
-        return self._catalog
+        return self._catalog if self._catalog.is_newer(known) else None
 
     async def catalog(self) -> Catalog:
         return self._catalog
@@ -69,15 +81,25 @@ class Guides:
         `change` holds `enabled`, or `canary` or `shadow` as a path and a share, or as None. Raises
         `APIError`: 404 for a guide that is not served, 409 for a version that cannot be.
         """
-        async with self._one_at_a_time:
-            entry = self._entry(name)
-            if (enabled := change.get("enabled")) is not None:
-                entry = replace(entry, enabled=enabled)
-            for trial in ("canary", "shadow"):
-                if trial in change:
-                    entry = replace(entry, **{trial: await self._trial(entry, change[trial])})
-            self._publish(self._catalog.with_guide(entry))
+        entry = self._entry(name)
+        if (enabled := change.get("enabled")) is not None:
+            entry = self._update(name, enabled=enabled)  # at once, whatever is being loaded
+        trials = [trial for trial in ("canary", "shadow") if trial in change]
+        if not trials:
             return entry
+        async with self._one_at_a_time:
+            try:
+                found = {trial: await self._trial(entry, trial, change[trial]) for trial in trials}
+            except APIError:
+                self._let_go()
+                raise
+            return self._update(name, **found)
+
+    async def loaded(self) -> dict[str, dict[str, int]]:
+        """Return on how many replicas each version is loaded, by deployment ("" is the base)."""
+        places = list(self._replicas)
+        found = await asyncio.gather(*(self._loaded(place) for place in places))
+        return dict(zip(places, found, strict=True))
 
     async def check_health(self) -> None:
         """Never fails; Serve's calls begin the watch over aliases."""
@@ -90,50 +112,69 @@ class Guides:
             for config in self._config.guides:
                 if not follows_alias(config.path):
                     continue
-                try:
-                    await self.reload(config.name)
-                except Exception:
-                    logger.exception("cannot look at guide %s", config.name)
+                async with self._one_at_a_time:
+                    await self._reload(self._entry(config.name), knows_refused=True)
 
-    async def _reload(self, entry: GuideEntry) -> dict[str, Any]:
-        said = {"name": entry.name, "version": entry.current.version}
+    async def _reload(self, entry: GuideEntry, *, knows_refused: bool = False) -> dict[str, Any]:
+        """Serve what is there now; with `knows_refused` not what was refused a while ago."""
+        name, path = entry.name, self._config.guide(entry.name).path
+        said = {"name": name, "version": entry.current.version}
+        artifact = None
         try:
-            version = await self._resolve(entry, self._config.guide(entry.name).path)
+            artifact = await asyncio.to_thread(pin, path, self._config.tracking_uri)
+            if is_mlflow_uri(artifact.uri) and artifact == entry.current.artifact:
+                return {**said, "status": "unchanged"}  # known without a download
+            refused, until = self._refused.get(name, (None, 0.0))
+            if knows_refused and artifact == refused and time.monotonic() < until:
+                return {**said, "status": "refused"}
+            version = await self._resolve(entry, artifact)
             if version == entry.current:
                 return {**said, "status": "unchanged"}
             await self._prepare(version)
         except Exception as error:
+            if artifact is not None and not is_retryable(error):
+                self._refused[name] = artifact, time.monotonic() + _REFUSED_S
+            self._metrics.count_swap(name, "", "refused")
             reason = str(cause_of(error))
-            logger.error("guide %s stays at %s: %s", entry.name, entry.current.version, reason)
+            logger.error("guide %s stays at %s: %s", name, entry.current.version, reason)
             return {**said, "status": "refused", "reason": reason}
-        # A canary that has become the current version is no trial any more.
-        canary = entry.canary
-        if canary is not None and canary.version == version:
-            canary = None
-        self._publish(self._catalog.with_guide(replace(entry, current=version, canary=canary)))
+        # A trial version that has become the current one is no trial any more.
+        over = {
+            trial: None
+            for trial, one in (("canary", entry.canary), ("shadow", entry.shadow))
+            if one is not None and one.version == version
+        }
+        self._update(name, current=version, **over)
+        self._metrics.count_swap(name, version.version, "swapped")
         return {**said, "status": "swapped", "version": version.version, "before": said["version"]}
 
-    async def _trial(self, entry: GuideEntry, wanted: Mapping[str, Any] | None) -> Trial | None:
+    async def _trial(
+        self, entry: GuideEntry, trial: str, wanted: Mapping[str, Any] | None
+    ) -> Trial | None:
         if wanted is None:
             return None
+        if trial == "shadow" and entry.current.stage is not Stage.TOKEN:
+            message = (
+                f"Guide {entry.name!r} acts on whole answers, and a shadow decodes tokens. Try "
+                "the version as a canary."
+            )
+            raise APIError(409, message, param=trial, code="guide_refused")
         try:
-            version = await self._resolve(entry, wanted["path"])
+            path, uri = wanted["path"], self._config.tracking_uri
+            version = await self._resolve(entry, await asyncio.to_thread(pin, path, uri))
             await self._prepare(version)
         except Exception as error:
             message = f"{wanted['path']!r} cannot be tried: {cause_of(error)}"
-            raise APIError(409, message, param="path", code="guide_refused") from error
+            raise APIError(409, message, param=trial, code="guide_refused") from error
         return Trial(version, wanted["share"])
 
-    async def _resolve(self, entry: GuideEntry, path: str) -> GuideVersion:
+    async def _resolve(self, entry: GuideEntry, artifact: Artifact) -> GuideVersion:
+        guide = self._config.guide(entry.name)
         version = await asyncio.to_thread(
-            resolve_version,
-            self._config.guide(entry.name),
-            self._catalog.base,
-            path=path,
-            tracking_uri=self._config.tracking_uri,
+            resolve_version, guide, self._catalog.base, artifact=artifact
         )
         if version.stage is not entry.current.stage:
-            raise PilotfishError(
+            raise ConfigError(
                 f"it is of kind {version.kind!r}, which cannot stand in for {entry.current.kind!r}."
             )
         return version
@@ -145,18 +186,46 @@ class Guides:
             places.insert(0, version.name)
         try:
             for place in places:
-                call = self._replicas[place].broadcast("prepare", version)
-                done = await call.results_async(
-                    timeout_s=self._config.guide_load_s, return_exceptions=True
-                )
-                for error in done:
-                    # A replica that died meanwhile loads what is served when it is back.
-                    if isinstance(error, Exception) and not is_retryable(error):
-                        raise error
+                await self._load_at(place, version)
         except Exception:
-            # Who has loaded it lets it go.
-            self._publish(replace(self._catalog, revision=self._catalog.revision + 1))
+            self._let_go()
             raise
+
+    async def _load_at(self, place: str, version: GuideVersion) -> None:
+        for attempt in range(1, _ATTEMPTS + 1):
+            call = self._replicas[place].broadcast("prepare", version)
+            done = await call.results_async(
+                timeout_s=self._config.guide_load_s, return_exceptions=True
+            )
+            errors = [each for each in done if isinstance(each, Exception)]
+            if not errors:
+                return
+            # A replica may have died of something else. One that dies again died of loading.
+            lasting = next((each for each in errors if not is_retryable(each)), None)
+            if lasting is not None or attempt == _ATTEMPTS:
+                raise lasting or errors[0]
+            await asyncio.sleep(_RETRY_S)
+
+    async def _loaded(self, place: str) -> dict[str, int]:
+        call = self._replicas[place].broadcast("stats")
+        try:
+            done = await call.results_async(timeout_s=_STATS_S, return_exceptions=True)
+        except Exception as error:
+            logger.warning("cannot ask what is loaded: %r", error)
+            return {}
+        return Counter(
+            key for each in done if not isinstance(each, Exception) for key in each["guides"]
+        )
+
+    def _let_go(self) -> None:
+        """Have replicas drop what they prepared in vain."""
+        self._publish(replace(self._catalog, revision=self._catalog.revision + 1))
+
+    def _update(self, name: str, **changes: Any) -> GuideEntry:
+        """Change what is known of a guide now, which may be more than it was some seconds ago."""
+        entry = replace(self._entry(name), **changes)
+        self._publish(self._catalog.with_guide(entry))
+        return entry
 
     def _publish(self, catalog: Catalog) -> None:
         self._catalog = catalog

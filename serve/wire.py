@@ -55,6 +55,8 @@ class GenerateRequest(TypedDict):
     """Names of guides that failed this request before, and which it goes on without."""
     read_from: NotRequired[int]
     """Report how likely the prompt's own tokens were, from this position on, before decoding."""
+    priority: NotRequired[int]
+    """Higher ones wait for lower ones, and make room for them. 0 is what clients ask for."""
 
 
 class Question(NamedTuple):
@@ -139,13 +141,16 @@ def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -
         ),
         params=SamplingParams(**params),
         guides={
-            guide_keys[use.version.name]: use.weight
+            guide_keys[use.version.name]: (
+                0.0 if use.version.name in sent["gave_up"] else use.weight
+            )
             for use in sent["guides"]
             if use.version.name in guide_keys
         },
         completed=tuple(sent["completed"]),
         draft=draft and Drafting(guide=guide_keys[draft["guide"]], num_tokens=draft["num_tokens"]),
         read_from=sent.get("read_from"),
+        priority=sent.get("priority", 0),
     )
 
 

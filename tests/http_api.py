@@ -17,7 +17,8 @@ from pilotfish.decode.sequence import Completion
 from serve.api.ingress import Pipeline
 from serve.api.routes import build_routes
 from serve.catalog import Catalog, make_catalog
-from serve.config import IngressConfig, parse_args
+from serve.config import parse_args
+from serve.ingress_config import IngressConfig
 from serve.replicas.base_model import BaseModel
 from serve.replicas.guide_model import GuideModel
 from serve.replicas.response_guide import ResponseGuide

@@ -11,6 +11,7 @@ from serve.api.choices import Choice
 from serve.api.details import Details, Piece, join
 from serve.api.planning import Plan
 from serve.api.schema.generation import StreamOptions
+from serve.api.visit import current_visit
 from serve.errors import api_error
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class Answer:
         self._options = stream_options or StreamOptions()
         self._metadata = metadata
         self._with_prompt_ids = with_prompt_ids
-        self._pieces = merge([choice.pieces() for choice in choices])
+        pieces = merge([choice.pieces() for choice in choices])
+        self._pieces = current_visit().watch(pieces, len(choices))
         self._num_open = len(choices)
         self._first: asyncio.Future[tuple[int, Piece]] | None = None
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pilotfish.context import Prompt
 from pilotfish.guides.base import Draft
 from serve.api.journal import Journal, Patience, ask, follow
+from serve.api.visit import current_visit
 from serve.catalog import GuideVersion
 from serve.wire import GenerateRequest, GuideUse, Token
 
@@ -31,7 +32,8 @@ class Calls:
         """Yield the tokens of a completion: see `follow`."""
         session = {} if session_id is None else {"session_id": session_id}
         base = self._base.options(stream=True, **session)
-        return follow(journal, base.generate.remote, self._patience)
+        stream = follow(journal, base.generate.remote, self._patience)
+        return current_visit().stage("decode", stream)
 
     def revise(self, journal: Journal, version: GuideVersion) -> AsyncGenerator[list[Token]]:
         """Yield the tokens that a guide writes, in its own vocabulary: see `follow`."""
@@ -40,7 +42,8 @@ class Calls:
         def send(request: GenerateRequest) -> Any:
             return guide.generate.remote(request, version)
 
-        return follow(journal, send, self._patience)
+        stream = follow(journal, send, self._patience)
+        return current_visit().stage("response guide", stream)
 
     async def choose(
         self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float

@@ -46,6 +46,7 @@ class Task:
     echo: str
     """Text that comes first."""
     read_from: int | None
+    priority: int = 0
 
 
 @dataclass(slots=True)
@@ -245,6 +246,7 @@ class Choice:
             draft=self._chain.draft,
             completed=list(completed),
             read_from=task.read_from,
+            priority=task.priority,
         )
         self.journals.append(journal)
         return journal

@@ -2,8 +2,8 @@
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,19 +17,24 @@ from serve.api.calls import Calls
 from serve.api.choices import Choice
 from serve.api.details import Details, Vocabulary
 from serve.api.journal import Patience
+from serve.api.operations import operate
 from serve.api.planning import Caller, Plan, Planner
 from serve.api.routes import build_routes
 from serve.api.schema.chat import ChatRequest
 from serve.api.schema.reading import DetokenizeRequest, ScoreRequest, TokenizeRequest
 from serve.api.schema.text import CompletionRequest
 from serve.api.scoring import Scoring
+from serve.api.shadows import Shadows
 from serve.api.streaming import EventStream
 from serve.api.token_text import TokenTexts
+from serve.api.visit import current_visit
 from serve.catalog import Catalog
 from serve.choosing import choose
-from serve.config import IngressConfig
 from serve.errors import APIError, api_error
+from serve.ingress_config import IngressConfig
+from serve.metrics import RequestMetrics
 from serve.replicas.following import Stock
+from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
 
 logger = logging.getLogger(__name__)
@@ -62,7 +67,11 @@ class Pipeline:
             max_attempts=config.max_attempts,
         )
         self._calls = Calls(base, guides, patience)
-        self.admission = Admission(config.max_in_flight, retry_after_s=config.retry_after_s)
+        self._config, self._control = config, control
+        self.admission = Admission(config)
+        self._metrics = RequestMetrics(catalog.base.model_id)
+        self._shadows = Shadows(config.max_shadows, self._calls, self._tokenizer, self._metrics)
+        self._reporting = Reporting(self._show)
 
     @property
     def catalog(self) -> Catalog:
@@ -71,14 +80,15 @@ class Pipeline:
 
     async def check_health(self) -> None:
         """Never fails; Serve's calls begin to follow the catalog."""
-        self._stock.ensure()
+        await self._stock.ensure()
+        self._reporting.ensure()
 
     def _adopted(self, catalog: Catalog) -> None:
         logger.info("serving revision %d of the guides", catalog.revision)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """What Serve calls for the HTTP side of a replica."""
-        return build_routes(self)
+        """What Serve calls for the HTTP side of a replica. Raises `ConfigError`."""
+        return operate(build_routes(self), self._config, self._control, self._metrics)
 
     async def ready(self) -> bool:
         """Whether base and guides answer, all of them loaded."""
@@ -89,9 +99,11 @@ class Pipeline:
         async with AsyncExitStack() as held:
             with _answering_errors():
                 plan = await self._planner.plan(body, caller, self.catalog, held)
-                held.enter_context(self.admission.place())
+                await held.enter_async_context(self._places(plan.num_streams))
                 answer = self._answer(body, plan)
+                held.callback(_note, answer)
                 held.push_async_callback(answer.aclose)
+                self._shadows.follow(plan, self.catalog)
                 headers = {"X-Request-Id": plan.request_id}
                 if not body.stream:
                     return JSONResponse(await answer.whole(), headers=headers)
@@ -100,11 +112,12 @@ class Pipeline:
 
     async def score(self, body: ScoreRequest, caller: Caller) -> Response:
         """Say what guides, base and reward models find answers worth. Raises `APIError`."""
-        request_id = caller.request_id or body.request_id or uuid.uuid4().hex
+        request_id = body.request_id or caller.request_id or uuid.uuid4().hex
         with _answering_errors():
             scoring = Scoring(body, self.catalog, self._planner, request_id)
-            with self.admission.place():
+            async with self._places(len(body.answers)):
                 answered = await scoring.score(self._calls, self._texts)
+        current_visit().answer(request_id, body.model, answered["usage"], answered["guides"])
         return JSONResponse(answered, headers={"X-Request-Id": request_id})
 
     def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
@@ -116,6 +129,17 @@ class Pipeline:
         """Return the text of ids."""
         self._check_model(body.model)
         return tokenizing.detokenize(self._tokenizer, self.catalog.base, body)
+
+    @asynccontextmanager
+    async def _places(self, num: int) -> AsyncIterator[None]:
+        visit = current_visit()
+        async with self.admission.places(num, client=visit.client_id):
+            visit.admit()
+            yield
+
+    def _show(self) -> None:
+        admission = self.admission
+        self._metrics.show(in_flight=admission.num_in_flight, queued=admission.num_queued)
 
     def _check_model(self, model: str | None) -> None:
         if model is not None:
@@ -146,6 +170,12 @@ class Pipeline:
             metadata=body.metadata,
             with_prompt_ids=body.return_token_ids,
         )
+
+
+def _note(answer: Answer) -> None:
+    """Leave behind what an answer came to, finished or not."""
+    plan = answer.plan
+    current_visit().answer(plan.request_id, plan.header.model, answer.usage(), answer.guides())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from pilotfish.chat import Message
+from serve.api.visit import current_visit
 from serve.retries import StreamBrokenError, is_retryable
 from serve.wire import Batch, DraftUse, GenerateRequest, GuideUse, Token
 
@@ -65,6 +66,7 @@ class Journal:
     gave_up: dict[str, int] = field(default_factory=dict)
     """Guides that failed, and the position from which the completion goes on without each."""
     num_failovers: int = 0
+    priority: int = 0
 
     def request(self) -> GenerateRequest:
         """Return what any replica needs to go on from here."""
@@ -80,6 +82,8 @@ class Journal:
         )
         if self.read_from is not None:
             request["read_from"] = max(1, self.read_from) + len(self.readings)
+        if self.priority:
+            request["priority"] = self.priority
         return request
 
     def record(self, batch: Batch) -> list[Token]:
@@ -128,6 +132,7 @@ async def follow(
             if not is_retryable(error) or failures >= patience.max_attempts:
                 raise
             journal.num_failovers += 1
+            current_visit().fail_over(error, len(journal.completed))
             logger.warning(
                 "%s: failure %d at token %d, going on elsewhere: %r",
                 *(journal.request_id, failures, len(journal.completed), error),
@@ -146,6 +151,7 @@ async def ask(call: Callable[[], Awaitable[T]], patience: Patience) -> T:
             failures += 1
             if not is_retryable(error) or failures >= patience.max_attempts:
                 raise
+            current_visit().fail_over(error, 0)
             logger.warning("failure %d of a call, asking elsewhere: %r", failures, error)
             await asyncio.sleep(_BACKOFF_S * failures)
 

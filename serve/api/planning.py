@@ -24,14 +24,15 @@ from serve.api.checks import (
     check_whole_answers,
 )
 from serve.api.choices import Chain, Task
+from serve.api.limits import check_prompt, check_sizes
 from serve.api.schema.chat import ChatMessage, ChatRequest
 from serve.api.schema.generation import GenerationRequest
 from serve.api.schema.text import CompletionRequest
 from serve.api.whole_answers import WholeAnswerGuide
 from serve.catalog import BaseEntry, Catalog
 from serve.choosing import Chosen, GuideAsk, choose
-from serve.config import IngressConfig
 from serve.errors import APIError
+from serve.ingress_config import IngressConfig
 from serve.replicas.shelf import Shelf
 from serve.wire import DraftUse
 
@@ -88,10 +89,12 @@ class Planner:
         Raises `APIError`, and `PromptError` and `ConfigError` of guides.
         """
         shape: Shape = ChatShape() if isinstance(body, ChatRequest) else TextShape()
-        request_id = caller.request_id or body.request_id or uuid.uuid4().hex
+        # Serve gives every request an id in its header, so the body's own goes first.
+        request_id = body.request_id or caller.request_id or uuid.uuid4().hex
         chosen = _choose(body, catalog, request_id)
         check_ids(body, catalog.base)
         written = [body.messages] if isinstance(body, ChatRequest) else body.prompt
+        check_sizes(self._config.limits, body, num_prompts=len(written))
         prompts = [self.prompt(one, catalog.base) for one in written]
         plan = Plan(
             request_id=request_id,
@@ -125,6 +128,11 @@ class Planner:
 
     def prompt(self, written: str | list[int] | list[ChatMessage], base: BaseEntry) -> Prompt:
         """Return a text, ids or a conversation as the base reads it. Raises `APIError`."""
+        prompt = self._prompt(written, base)
+        check_prompt(self._config.limits, prompt)
+        return prompt
+
+    def _prompt(self, written: str | list[int] | list[ChatMessage], base: BaseEntry) -> Prompt:
         if isinstance(written, str):
             return Prompt(self._rendered(written, "prompt"), text=written)
         messages = tuple(one.plain() for one in written if isinstance(one, ChatMessage))

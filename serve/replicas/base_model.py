@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ import torch
 from pilotfish.chat import Message, render_prompt, stop_ids
 from pilotfish.context import Context, Prompt
 from pilotfish.decode.engine import Engine
-from pilotfish.errors import CheckpointError
 from pilotfish.guides import load_guide, scorer_of, variant_name, vary_guide
 from pilotfish.guides.base import Draft, Guide, Selector, Stage, TokenGuide
 from pilotfish.guides.card import GuideCard, read_card
@@ -23,11 +21,14 @@ from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, load_tokenizer, pick_device
 from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
-from serve.replicas.decoding import Decoding, leave
+from serve.errors import GuideUnavailableError
+from serve.metrics import EngineMetrics
+from serve.replicas.decoding import OFF, Decoding, check_law, leave
 from serve.replicas.following import Stock
 from serve.replicas.remote_guide import RemoteLM
+from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
-from serve.wire import GenerateRequest, GuideUse
+from serve.wire import Batch, GenerateRequest, GuideUse
 
 
 @dataclass(slots=True)
@@ -86,13 +87,24 @@ class BaseModel:
         engine = Engine(base, end_ids=self._host.end_ids, tokenizer=tokenizer)
         self._decoding = Decoding(engine, stall_s=config.base.stall_s, leave=leave)
         self._shelf = Shelf(self._load, self._drop)
+        self._off: frozenset[str] = frozenset()
+        """Names of guides that are switched off."""
         self._stock = Stock(self._shelf, catalog, _versions, control, self._withdraw)
+        shown = EngineMetrics(config.base.model_id)
+        self._reporting = Reporting(lambda: shown.show(self._decoding.stats()))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Any, ...]]:
         """Yield a completion: see `Decoding.generate`.
 
         Raises `ConfigError` for settings that a guide cannot take, besides.
         """
+        # The ingress that sent it may not have heard yet of a guide that is switched off.
+        if off := [use for use in _acting(request) if use.version.name in self._off]:
+            names = [use.version.name for use in off]
+            if any(use.on_failure == "fail" for use in off):
+                raise GuideUnavailableError(names[0], OFF)
+            request = GenerateRequest(**{**request, "gave_up": [*request["gave_up"], *names]})
+            yield tuple(Batch([], names))
         async with AsyncExitStack() as stack:
             keys = {
                 use.version.name: (await stack.enter_async_context(self._acting(use))).key
@@ -143,7 +155,8 @@ class BaseModel:
 
     async def check_health(self) -> None:
         """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
-        self._stock.ensure()
+        await self._stock.ensure()
+        self._reporting.ensure()
         self._decoding.thread.check()
 
     def close(self) -> None:
@@ -208,27 +221,29 @@ class BaseModel:
     def _remove(self, key: str, stage: Stage) -> None:
         if stage is not Stage.TOKEN:
             return
+        engine = self._decoding.engine
+        guide = engine.guides[key]
+
+        def remove() -> None:
+            if engine.guides.get(key) is guide:  # and not one that was loaded again meanwhile
+                engine.remove_guide(key)
+
         # On the engine's own thread, behind whatever was asked of it before.
-        self._decoding.thread.call(lambda: self._decoding.engine.remove_guide(key))
+        self._decoding.thread.call(remove)
 
     def _probe(self, version: GuideVersion) -> None:
         """Raise `CheckpointError` unless the guide gives a law behind a short prompt."""
         messages = (Message(role="user", content="Hello."),)
         ids = render_prompt(self._host.tokenizer, list(messages))
         context = Context(-1, Prompt(ids, messages), ids)
-        guided_RV = self._decoding.engine.law([context], {version.key: version.weight})
-        total = guided_RV.exp().sum().item()
-        if not math.isclose(total, 1, abs_tol=1e-3):
-            raise CheckpointError(
-                f"guide {version.key} gives log-probs whose probabilities sum to {total}. Its "
-                "weights are broken; train or upload it again."
-            )
+        law_RV = self._decoding.engine.law([context], {version.key: version.weight or 1.0})
+        check_law(law_RV, version.key)
 
     def _withdraw(self, catalog: Catalog) -> None:
         """End or free the requests of guides that are switched off."""
-        for entry in catalog.guides:
-            if not entry.enabled:
-                self._decoding.thread.withdraw(entry.name, "it was switched off")
+        self._off = frozenset(entry.name for entry in catalog.guides if not entry.enabled)
+        for name in self._off:
+            self._decoding.thread.withdraw(name, OFF)
 
 
 def _versions(catalog: Catalog) -> list[GuideVersion]:
@@ -238,11 +253,11 @@ def _versions(catalog: Catalog) -> list[GuideVersion]:
 
 
 def _acting(request: GenerateRequest) -> list[GuideUse]:
-    """Return the uses of guides that tilt or draft, less those that were given up."""
+    """Return the uses of guides that tilt or draft; one that was given up may still draft."""
     drafter = request["draft"] and request["draft"]["guide"]
     return [
         use
         for use in request["guides"]
-        if (use.weight != 0 or use.version.name == drafter)
-        and use.version.name not in request["gave_up"]
+        if use.version.name == drafter
+        or (use.weight != 0 and use.version.name not in request["gave_up"])
     ]

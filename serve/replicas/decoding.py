@@ -3,13 +3,17 @@
 import asyncio
 import itertools
 import logging
+import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import PromptEvent, TokenEvent
+from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
 from serve.replicas.engine_thread import EngineThread
 from serve.wire import Batch, GenerateRequest, guide_name, to_readings, to_request, to_token
@@ -18,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+OFF = "it was switched off"
+"""Why a guide does not answer, when somebody wanted that."""
 _LEAVE_AFTER_S = 0.5
 _ITEM_S = 0.002
 """About what an item of a stream costs this process, the ingress and the proxy. All streams send no
@@ -110,12 +116,22 @@ class Decoding:
         """Stop the loop; open streams get nothing more."""
         self.thread.close()
 
-    def stats(self) -> dict[str, int]:
-        """Return the process id, the requests in this replica, and the steps made so far."""
+    def stats(self) -> dict[str, Any]:
+        """Return the process id, the requests here at this moment, and totals since the start."""
+        engine, drafts = self.engine, self.engine.draft_stats
         return {
             "pid": os.getpid(),
             "num_open": self.thread.num_open,
             "num_steps": self.thread.num_steps,
+            "num_running": engine.num_running,
+            "num_waiting": engine.num_waiting,
+            "num_preempted": engine.num_preempted,
+            "cache_share": engine.cache_share,
+            "step_seconds": engine.stats.seconds,
+            "guide_seconds": dict(engine.stats.guide_seconds),
+            "num_rounds": drafts.num_rounds,
+            "num_drafted": drafts.num_drafted,
+            "num_accepted": drafts.num_accepted,
         }
 
     def _on_events(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
@@ -143,6 +159,16 @@ class Decoding:
             self._put(key, error, True)
         if isinstance(error, EngineError):
             asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
+
+
+def check_law(law_RV: Tensor, guide: str) -> None:
+    """Raise `CheckpointError` unless each row of log-probs is a law."""
+    for total in law_RV.exp().sum(-1).tolist():
+        if not math.isclose(total, 1, abs_tol=1e-3):
+            raise CheckpointError(
+                f"guide {guide} gives log-probs whose probabilities sum to {total}. Its weights "
+                "are broken; train or upload it again."
+            )
 
 
 class _Stream:

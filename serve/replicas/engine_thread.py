@@ -78,6 +78,10 @@ class EngineThread:
         """Take a guide, by its name, out of all requests, as if it had failed."""
         self.call(lambda: self._fail_guide(GuideUnavailableError(guide, reason)))
 
+    def end_all(self, error: GuideUnavailableError) -> None:
+        """End all requests with an error."""
+        self.call(lambda: self._end(list(self._open), error))
+
     def check(self) -> None:
         """Raise `EngineError` if the loop died, or has been inside one step for too long."""
         if self._error is not None:
@@ -167,10 +171,13 @@ class EngineThread:
                     self._on_give_up(key, guide)
                 else:
                     failed.append(key)
-        for key in failed:
+        self._end(failed, error)
+
+    def _end(self, keys: Sequence[int], error: PilotfishError) -> None:
+        for key in keys:
             self._engine.cancel(key)
             del self._open[key]
-        self._on_failure(failed, error)
+        self._on_failure(keys, error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL = "Guides"
 _RETRY_S = 1.0
+_CATCH_UP_S = 5.0
 
 
 def control_handle() -> Any:
@@ -40,17 +41,30 @@ class Following:
         if self._control is not None and self._task is None:
             self._task = asyncio.create_task(self._follow(self._control))
 
+    async def catch_up(self) -> bool:
+        """Return whether there is a newer catalog by now, which has been adopted then."""
+        assert self._control is not None
+        async with asyncio.timeout(_CATCH_UP_S):
+            newest = await self._control().catalog.remote()
+        if not newest.is_newer(self.catalog):
+            return False
+        await self._take(newest)
+        return True
+
     async def _follow(self, control: Callable[[], Any]) -> None:
         while True:
             try:
                 newer = await control().changes.remote(self.catalog)
                 if newer is not None:
-                    await self._adopt(newer)
-                    self.catalog = newer
+                    await self._take(newer)
             except Exception as error:
                 # What is loaded goes on being served; whoever is missing will be back.
                 logger.warning("cannot follow the catalog: %r", error)
                 await asyncio.sleep(_RETRY_S)
+
+    async def _take(self, catalog: Catalog) -> None:
+        await self._adopt(catalog)
+        self.catalog = catalog
 
 
 class Stock:
@@ -69,16 +83,30 @@ class Stock:
         `adopted` is called with every newer catalog once the shelf holds it.
         """
         self._shelf, self._versions, self._adopted = shelf, versions, adopted
-        shelf.stock(versions(catalog))
         self._following = Following(catalog, self._adopt, control)
+        self._lacks: Exception | None = None
+        try:
+            shelf.stock(versions(catalog))
+        except Exception as error:
+            # Where this replica is a new one of an old application, others are served by now.
+            if control is None:
+                raise
+            self._lacks = error
 
     @property
     def catalog(self) -> Catalog:
         """The newest one, all of which is on the shelf."""
         return self._following.catalog
 
-    def ensure(self) -> None:
-        """See `Following.ensure`."""
+    async def ensure(self) -> None:
+        """Begin to follow, once there is an event loop: Serve calls `check_health` in it.
+
+        Raises what loading the first catalog raised, unless a newer one has taken its place.
+        """
+        if self._lacks is not None:
+            if not await self._following.catch_up():
+                raise self._lacks
+            self._lacks = None
         self._following.ensure()
 
     async def prepare(self, version: GuideVersion) -> None:
@@ -89,7 +117,7 @@ class Stock:
     async def _adopt(self, catalog: Catalog) -> None:
         served = self._versions(catalog)
         for version in served:
-            await self._shelf.get(version)
+            await self.prepare(version)
         self._shelf.keep(served)
         self._adopted(catalog)
 

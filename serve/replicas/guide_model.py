@@ -72,8 +72,8 @@ class GuideModel:
         return {"pid": os.getpid(), "guides": sorted(v.key for v in self._shelf.loaded)}
 
     async def check_health(self) -> None:
-        """Never fails; Serve's calls begin to follow the catalog."""
-        self._stock.ensure()
+        """Fail only if nothing could be loaded; Serve's calls begin to follow the catalog."""
+        await self._stock.ensure()
 
     def _answer(
         self, lm: CausalLM, questions: Sequence[Question]

@@ -20,8 +20,8 @@ class Shelf(Generic[T]):
     """Versions of guides in this process.
 
     A version that is asked for and not there is loaded then; everybody who waits for it gets the
-    same one. A version that is neither served any more nor used goes when `keep` is called, or when
-    its last lease ends. All methods belong to one event loop; loading runs on a thread.
+    same one. A version that is neither served any more nor used goes. All methods belong to one
+    event loop; loading runs on a thread.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Shelf(Generic[T]):
         self._last_used: dict[GuideVersion, float] = {}
         self._coming: dict[GuideVersion, asyncio.Future[T]] = {}
         self._served: set[GuideVersion] = set()
+        self._timer: asyncio.TimerHandle | None = None
         # One after the other: two at a time would need the memory of two.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
 
@@ -55,9 +56,8 @@ class Shelf(Generic[T]):
         """Return what a version is, loading it if need be. Raises what loading raises."""
         if version not in self._items:
             if version not in self._coming:
-                coming = asyncio.ensure_future(self._bring(version))
-                self._coming[version] = coming
-                coming.add_done_callback(lambda _: self._coming.pop(version))
+                self._coming[version] = asyncio.ensure_future(self._bring(version))
+                self._coming[version].add_done_callback(lambda coming: self._came(version, coming))
             # Shielded: one who no longer waits must not take it from the others.
             return await asyncio.shield(self._coming[version])
         return self._items[version]
@@ -89,11 +89,29 @@ class Shelf(Generic[T]):
         logger.info("loaded %s", version.key)
         return item
 
+    def _came(self, version: GuideVersion, coming: "asyncio.Future[T]") -> None:
+        del self._coming[version]
+        if not coming.cancelled():
+            coming.exception()  # whoever still waits raises it; perhaps nobody does
+        self._tidy()  # nor wants it any more
+
     def _tidy(self) -> None:
         for version in self._items.keys() - self._served:
-            idle_s = time.monotonic() - self._last_used.get(version, 0.0)
-            if not self._leases[version] and idle_s >= self._linger_s:
-                self._drop(version, self._items.pop(version))
-                del self._leases[version]
-                self._last_used.pop(version, None)
-                logger.info("dropped %s", version.key)
+            if self._leases[version]:
+                continue
+            left_s = self._last_used.get(version, 0.0) + self._linger_s - time.monotonic()
+            if left_s > 0:
+                self._tidy_later(left_s)
+                continue
+            self._drop(version, self._items.pop(version))
+            del self._leases[version]
+            self._last_used.pop(version, None)
+            logger.info("dropped %s", version.key)
+
+    def _tidy_later(self, seconds: float) -> None:
+        def tidy() -> None:
+            self._timer = None
+            self._tidy()
+
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, tidy)

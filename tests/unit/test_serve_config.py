@@ -74,6 +74,13 @@ def test_an_unknown_key_names_the_nearest_valid_one() -> None:
             },
             "fewer than the base's 8 rows",
         ),
+        (
+            {
+                "base": {"path": "b"},
+                "ingress": {"api_keys_file": "keys", "api_keys_env": "KEYS"},
+            },
+            "api_keys_file and api_keys_env are both set",
+        ),
     ],
 )
 def test_contradictions_are_refused(args: dict, message: str) -> None:

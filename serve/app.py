@@ -47,7 +47,11 @@ def build(args: dict[str, Any] | ServeConfig) -> Application:
     base = _base(config, catalog, remote)
     replicas = {"": base, **remote, **revising}
     guides = serve.deployment(
-        name=CONTROL, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_MANY, **_HEALTH
+        name=CONTROL,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MANY,
+        graceful_shutdown_timeout_s=0,  # whoever waits there for news can go without
+        **_HEALTH,
     )(Guides)
     control = guides.bind(config, catalog, replicas)
     return _ingress(config, catalog, base, {**remote, **revising}, control)

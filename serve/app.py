@@ -19,7 +19,7 @@ from serve.replicas.response_guide import ResponseGuide
 from serve.replicas_config import ProcessConfig, ReplicasConfig
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 5}
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
 # Every replica of the application waits at `Guides` for changes.

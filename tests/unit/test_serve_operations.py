@@ -220,6 +220,23 @@ def test_failovers_fallbacks_accept_rates_and_refusals_are_counted(
     assert book.total("guide_fallbacks", guide=off.name) == 1
 
 
+@pytest.mark.parametrize("name", ["best", "aligner"])
+def test_a_guide_that_is_switched_off_under_a_request_can_be_spared(
+    server: Server, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The replica knows already, and the ingress does not."""
+    monkeypatch.setattr(server.model, "_off", frozenset({"best"}))
+    monkeypatch.setattr(server.revisers["aligner"], "_off", True)
+    front = Front(server._pipeline())
+    refused = front.chat(guides=[{"name": name}])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "guide_unavailable")
+    spared = front.chat(guides=[{"name": name, "on_failure": "base"}])
+    assert spared.json()["choices"][0]["message"]["content"] == server.text(
+        MESSAGES, {}, seed=1, max_tokens=8
+    )
+    assert spared.json()["guides"][0]["gave_up_at"] == 0
+
+
 def test_what_ray_refuses_is_not_counted(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counters take no zero."""
     engine = EngineMetrics("base")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from serve.api.visit import Visit
 
 _PREFIX = "pilotfish_"
-_LABELS = ("model_name", "guide", "guide_version")
+_LABELS: Any = ("model_name", "guide", "guide_version")
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
@@ -24,7 +24,8 @@ _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
 def _counter(name: str, description: str, *labels: str) -> metrics.Counter:
-    return metrics.Counter(_PREFIX + name, description, tag_keys=(*_LABELS, *labels))
+    every: Any = (*_LABELS, *labels)  # Serve annotates tuples of one
+    return metrics.Counter(_PREFIX + name, description, tag_keys=every)
 
 
 def _gauge(name: str, description: str) -> metrics.Gauge:

@@ -56,6 +56,6 @@ class Front:
 
 
 def with_catalog(server: Server, catalog: Catalog, **ingress: Any) -> Pipeline:
-    pipeline = server.pipeline(**ingress)
+    pipeline = server._pipeline(**ingress)
     pipeline._stock._following.catalog = catalog
     return pipeline

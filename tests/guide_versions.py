@@ -42,7 +42,7 @@ class Registry:
     def text(self, version: str, **params: Any) -> list[int]:
         """Return the ids that the Pilot draws with one version of the guide."""
         pilot = Pilot(self.base, {"helpful": self.folders[version]}, device="cpu")
-        prompt = pilot.tokenizer.decode(PROMPT)
+        prompt = str(pilot.tokenizer.decode(PROMPT))
         assert pilot.tokenizer.encode(prompt) == PROMPT
         sampling = SamplingParams(**{"ignore_eos": True, "seed": 3, **params})
         return list(pilot.generate([prompt], sampling, guides={"helpful": 1.0})[0].token_ids)

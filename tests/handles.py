@@ -34,11 +34,12 @@ class LocalBroadcast:
     """The answers of all replicas."""
 
     def __init__(self, answers: Sequence["LocalResponse"]) -> None:
-        self._answers = answers
+        self._answers: Sequence[Any] = answers
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.gather(*self._answers, return_exceptions=return_exceptions)
+            every = [asyncio.ensure_future(answer) for answer in self._answers]
+            return await asyncio.gather(*every, return_exceptions=return_exceptions)
 
 
 class _Method:

@@ -17,6 +17,7 @@ from serve.api.calls import Calls, all_of, drain
 from serve.api.details import Piece, join
 from serve.api.journal import Journal
 from serve.api.whole_answers import Revision, Selection
+from serve.errors import GuideUnavailableError, cause_of
 from serve.retries import is_retryable
 from serve.wire import DraftUse, GuideUse, Token
 
@@ -228,7 +229,8 @@ class Choice:
 
     def _go_on_without(self, use: GuideUse, position: int, error: Exception) -> None:
         """Give up a guide that no replica answers for, or raise the error."""
-        if use.on_failure != "base" or not is_retryable(error):
+        gone = is_retryable(error) or isinstance(cause_of(error), GuideUnavailableError)
+        if use.on_failure != "base" or not gone:
             raise error
         self.tally.gave_up[use.version.name] = position
 

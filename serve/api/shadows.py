@@ -53,7 +53,9 @@ class Shadows:
             self._metrics.count_shadow(version.name, version.version, "skipped", 0, 0.0)
             return
         # In a context of its own: what happens to it is none of the request's.
-        task = asyncio.create_task(self._decode(plan, version), context=Context())
+        task = asyncio.create_task(
+            self._decode(plan, version), name=f"shadow {version.key}", context=Context()
+        )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

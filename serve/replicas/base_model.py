@@ -118,7 +118,12 @@ class BaseModel:
     async def choose(
         self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float
     ) -> int:
-        """Return the place of the draft that a selecting guide goes on with: `Selector.choose`."""
+        """Return the place of the draft that a selecting guide goes on with: `Selector.choose`.
+
+        Raises `GuideUnavailableError` when the guide is switched off.
+        """
+        if use.version.name in self._off:
+            raise GuideUnavailableError(use.version.name, OFF)
         async with self._acting(use) as acting:
             selector = cast("Selector", acting.guide)
             return await self._decoding.ask(lambda: selector.choose(prompt, drafts, uniform))

@@ -12,9 +12,9 @@ from serve.ingress_config import IngressConfig, LimitsConfig
 
 
 def admission(*, per_key: int | None = None, **settings: Any) -> Admission:
-    defaults = {"max_in_flight": 2, "max_queued": 8, "queue_timeout_s": 5}
+    settings = {"max_in_flight": 2, "max_queued": 8, "queue_timeout_s": 5, **settings}
     limits = LimitsConfig(choices_per_key=per_key)
-    return Admission(IngressConfig(**{**defaults, **settings}, limits=limits))
+    return Admission(IngressConfig(**settings, api_keys_env="KEYS", limits=limits))
 
 
 class Door:

@@ -64,16 +64,17 @@ class House:
 
         return asyncio.run(run())
 
-    def post(self, messages: list[Message | float], **headers: str) -> list[Message]:
+    def post(self, messages: list[Any], **headers: str) -> list[Message]:
         """Return what is sent when a body comes like this; a number is a pause of seconds."""
         sent: list[Message] = []
 
         async def receive() -> Message:
             while messages:
                 message = messages.pop(0)
-                if not isinstance(message, float):
+                if isinstance(message, float):
+                    await asyncio.sleep(message)
+                else:
                     return message
-                await asyncio.sleep(message)
             await asyncio.sleep(30)
             raise AssertionError("nothing more comes")
 
@@ -164,7 +165,8 @@ def test_keys_come_from_a_file_or_a_variable(
     path = tmp_path / "keys"
     path.write_text(FILE)
     monkeypatch.setenv("OUR_KEYS", f"{USER},admin:{ADMIN}")
-    for settings in ({"api_keys_file": str(path)}, {"api_keys_env": "OUR_KEYS"}):
+    sources: list[dict[str, Any]] = [{"api_keys_file": str(path)}, {"api_keys_env": "OUR_KEYS"}]
+    for settings in sources:
         keys = load_keys(IngressConfig(**settings))
         assert keys is not None
         client = keys.client(ADMIN.encode())
@@ -240,12 +242,12 @@ def said(sent: list[Message]) -> tuple[int, Any]:
 
 
 def test_a_body_arrives_whole_however_it_was_cut(house: House) -> None:
-    pieces: list[Message | float] = [body(b"x" * 40, more=True), 0.01, body(b"", more=True)]
+    pieces: list[Any] = [body(b"x" * 40, more=True), 0.01, body(b"", more=True)]
     assert said(house.post([*pieces, body(b"y" * 60)], **AUTHORIZED)) == (200, 100)
 
 
 def test_a_body_that_is_too_large_is_refused_at_the_byte_that_is_too_many(house: House) -> None:
-    pieces: list[Message | float] = [body(b"x" * 60, more=True) for _ in range(1000)]
+    pieces: list[Any] = [body(b"x" * 60, more=True) for _ in range(1000)]
     status, answer = said(house.post(pieces, **AUTHORIZED))
     assert (status, answer["error"]["code"]) == (413, "body_too_large")
     assert len(pieces) == 998  # what was not read is not kept either
@@ -265,7 +267,7 @@ def test_a_client_that_leaves_before_the_end_of_its_body_costs_nothing(house: Ho
 
 
 def test_nobody_reads_a_body_for_whom_has_no_key(house: House) -> None:
-    pieces: list[Message | float] = [body(b"x", more=True)]
+    pieces: list[Any] = [body(b"x", more=True)]
     assert said(house.post(pieces))[0] == 401
     assert len(pieces) == 1
 

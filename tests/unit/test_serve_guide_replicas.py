@@ -131,7 +131,8 @@ def test_a_guide_replica_answers_for_two_versions_at_a_time(
         for version, folder in ((old, app.world.far[0]), (new, app.world.far[1])):
             question = Question(int(version.version, 16), 0, PROMPT, [len(PROMPT)])
             law_RV = await app.far.logprobs(version, [question])
-            expected_V = plain_logprobs(load_frozen(folder, device="cpu", dtype="float32"), PROMPT)
+            model: Any = load_frozen(folder, device="cpu", dtype="float32")
+            expected_V = plain_logprobs(model, PROMPT)
             torch.testing.assert_close(torch.tensor(law_RV[0]), expected_V)
         assert await app.guides.loaded() == {
             "": {old.key: 1, new.key: 1},
@@ -160,10 +161,8 @@ def test_a_remote_guide_is_swapped_at_its_own_replicas_and_at_the_base(app: Appl
 def _drawn(base: Path, guides: dict[str, Path], **params: Any) -> list[int]:
     pilot = Pilot(base, guides, device="cpu")
     sampling = SamplingParams(**{"seed": 3, "ignore_eos": True, **params})
-    weights = dict.fromkeys(guides, 1.0)
-    return list(
-        pilot.generate([pilot.tokenizer.decode(PROMPT)], sampling, guides=weights)[0].token_ids
-    )
+    prompt, weights = str(pilot.tokenizer.decode(PROMPT)), dict.fromkeys(guides, 1.0)
+    return list(pilot.generate([prompt], sampling, guides=weights)[0].token_ids)
 
 
 @pytest.mark.parametrize("name", ["far", "aligner"])

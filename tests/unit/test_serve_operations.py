@@ -68,7 +68,7 @@ def test_the_places_of_a_request_are_all_that_it_has_decoded_at_a_time(server: S
 
 def test_a_request_leaves_one_line(server: Server, lines: list[dict[str, Any]]) -> None:
     headers = {"X-Request-Id": "mine", "X-Session-Id": "ours"}
-    front = Front(server.pipeline())
+    front = Front(server._pipeline())
     guides = [{"name": "helpful", "weight": 0.5}, {"name": "other", "weight": 0}]
     body = front.chat(headers=headers, guides=guides, n=2, ignore_eos=True).json()
     (line,) = lines
@@ -102,7 +102,7 @@ def test_a_request_leaves_one_line(server: Server, lines: list[dict[str, Any]]) 
 def test_prompts_are_written_down_only_if_wanted(
     server: Server, lines: list[dict[str, Any]]
 ) -> None:
-    front = Front(server.pipeline(), log_prompts=True)
+    front = Front(server._pipeline(), log_prompts=True)
     front.chat()
     front.ask("/v1/completions", json={"model": "base", "prompt": [40, 41], "max_tokens": 1})
     front.ask("/v1/completions", json=[])
@@ -112,9 +112,9 @@ def test_prompts_are_written_down_only_if_wanted(
 def test_streams_failures_and_refusals_leave_a_line_each(
     server: Server, lines: list[dict[str, Any]]
 ) -> None:
-    broken = Front(server.pipeline(Dying(2, items=1)))
+    broken = Front(server._pipeline(Dying(2, items=1)))
     broken.chat(stream=True, ignore_eos=True)
-    Front(server.pipeline(Dying(float("inf"), items=0))).chat()
+    Front(server._pipeline(Dying(float("inf"), items=0))).chat()
     broken.chat(model="base:unheard")
     found = [(line["status"], line["failovers"], line["finish_reasons"]) for line in lines]
     assert found == [(200, 2, ["length"]), (500, 3, ["error"]), (404, 0, [])]
@@ -123,7 +123,7 @@ def test_streams_failures_and_refusals_leave_a_line_each(
 def test_what_asks_every_few_seconds_leaves_none(
     server: Server, lines: list[dict[str, Any]]
 ) -> None:
-    front = Front(server.pipeline())
+    front = Front(server._pipeline())
     for path in ("/health", "/ready", "/version", "/ping"):
         assert front.ask(path).status_code == 200
     assert lines == []
@@ -132,7 +132,7 @@ def test_what_asks_every_few_seconds_leaves_none(
 
 
 def test_the_request_id_comes_back_once_which_is_by_serves_proxy(server: Server) -> None:
-    answer = Front(server.pipeline()).chat(headers={"X-Request-Id": "mine"})
+    answer = Front(server._pipeline()).chat(headers={"X-Request-Id": "mine"})
     assert "X-Request-Id" not in answer.headers
     assert answer.json()["id"].endswith("mine")
 
@@ -140,7 +140,7 @@ def test_the_request_id_comes_back_once_which_is_by_serves_proxy(server: Server)
 def test_an_abandoned_stream_is_counted_as_such(
     server: Server, book: Book, lines: list[dict[str, Any]]
 ) -> None:
-    front = Front(server.pipeline())
+    front = Front(server._pipeline())
 
     async def run() -> None:
         body = {"model": "base", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
@@ -162,6 +162,9 @@ def test_an_abandoned_stream_is_counted_as_such(
             **{"headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1)},
         }
         await front.app(scope, receive, send)
+        async with asyncio.timeout(10):
+            while server.model._decoding.thread.num_open:
+                await asyncio.sleep(0.01)
 
     asyncio.run(run())
     (line,) = lines
@@ -171,7 +174,7 @@ def test_an_abandoned_stream_is_counted_as_such(
 
 
 def test_requests_are_counted_by_guide_and_version(server: Server, book: Book) -> None:
-    front = Front(server.pipeline())
+    front = Front(server._pipeline())
     for guides in ({}, {"helpful": 1.0}, {"helpful": 1.0, "other": 1.0}, {"other": 0.0}):
         asked = [{"name": name, "weight": weight} for name, weight in guides.items()]
         assert front.chat(guides=asked, n=2, ignore_eos=True).status_code == 200
@@ -199,10 +202,10 @@ def test_requests_are_counted_by_guide_and_version(server: Server, book: Book) -
 def test_failovers_fallbacks_accept_rates_and_refusals_are_counted(
     server: Server, book: Book
 ) -> None:
-    Front(server.pipeline(Dying(2, items=1))).chat(ignore_eos=True, max_tokens=30)
+    Front(server._pipeline(Dying(2, items=1))).chat(ignore_eos=True, max_tokens=30)
     assert book.total("failover", reason="ActorDiedError") == 2
     assert book.total("failover_replayed_tokens") > 0
-    front = Front(server.pipeline())
+    front = Front(server._pipeline())
     front.chat(guides=[{"name": "proxy"}])
     (rate,) = book.of("guide_accept_rate", guide="proxy")
     assert 0 < rate <= 1
@@ -215,6 +218,23 @@ def test_failovers_fallbacks_accept_rates_and_refusals_are_counted(
     spared = {"name": off.name, "on_failure": "base"}
     assert front.chat(guides=[spared]).status_code == 200
     assert book.total("guide_fallbacks", guide=off.name) == 1
+
+
+@pytest.mark.parametrize("name", ["best", "aligner"])
+def test_a_guide_that_is_switched_off_under_a_request_can_be_spared(
+    server: Server, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The replica knows already, and the ingress does not."""
+    monkeypatch.setattr(server.model, "_off", frozenset({"best"}))
+    monkeypatch.setattr(server.revisers["aligner"], "_off", True)
+    front = Front(server._pipeline())
+    refused = front.chat(guides=[{"name": name}])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "guide_unavailable")
+    spared = front.chat(guides=[{"name": name, "on_failure": "base"}])
+    assert spared.json()["choices"][0]["message"]["content"] == server.text(
+        MESSAGES, {}, seed=1, max_tokens=8
+    )
+    assert spared.json()["guides"][0]["gave_up_at"] == 0
 
 
 def test_what_ray_refuses_is_not_counted(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:

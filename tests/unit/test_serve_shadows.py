@@ -76,7 +76,7 @@ def test_a_shadow_decodes_its_share_again_and_changes_nothing(
 
 
 def _busy() -> bool:
-    return any(task.get_coro().__qualname__ == "Shadows._decode" for task in asyncio.all_tasks())
+    return any(task.get_name().startswith("shadow ") for task in asyncio.all_tasks())
 
 
 def test_shadows_are_bounded_and_their_failures_are_nobodys(
@@ -95,6 +95,7 @@ def test_shadows_are_bounded_and_their_failures_are_nobodys(
                 *(front.asks("/v1/chat/completions", json=body) for _ in range(3))
             )
             assert {answer.status_code for answer in answers} == {200}
+            replica.answered.set()
             async with asyncio.timeout(20):
                 while len(book.of("shadow_requests", outcome="failed")) < 1:
                     await asyncio.sleep(0.02)
@@ -111,11 +112,13 @@ class _ShadowsFail:
 
     def __init__(self, server: Server) -> None:
         self._model = server.model
+        self.answered = asyncio.Event()
         self.priorities: set[int] = set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Any]:
         self.priorities.add(priority := request.get("priority", 0))
         if priority:
+            await self.answered.wait()  # nobody waits for it
             raise PromptError("not today")
         async for batch in self._model.generate(request):
             yield batch

@@ -11,6 +11,7 @@ import pytest
 from pilotfish import Pilot, SamplingParams
 from serve.api import answering, streaming
 from serve.api.ingress import Pipeline
+from serve.artifacts import pin
 from serve.catalog import Catalog, resolve_version
 from serve.config import IngressConfig
 from tests.chat_tokenizers import chatml_tokenizer
@@ -39,7 +40,7 @@ def test_a_new_version_of_a_guide_that_rewrites_brings_its_own_tokenizer(
     entry = server.catalog.guide("aligner")
     assert entry is not None
     config, base = server.config.guide("aligner"), server.catalog.base
-    version = resolve_version(config, base, path=str(folder), tracking_uri=None)
+    version = resolve_version(config, base, artifact=pin(str(folder), None))
     newer = server.catalog.with_guide(replace(entry, current=version))
     guides = {name: LocalHandle(model) for name, model in server.revisers.items()}
     pipeline = Pipeline(

@@ -90,7 +90,7 @@ def _read(store: str, num: int) -> list[Any]:
         if experiment is None:
             continue
         mlflow.flush_trace_async_logging()
-        found = mlflow.search_traces(locations=[experiment.experiment_id], return_type="list")
+        found: Any = mlflow.search_traces(locations=[experiment.experiment_id], return_type="list")
         if len(found) == num and all(len(trace.data.spans) == 6 for trace in found):
             return found
     raise AssertionError("the traces were not written")

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
@@ -17,8 +17,6 @@ from ray import serve as ray_serve
 
 from jobs.cluster import REPOSITORY
 from pilotfish.errors import PilotfishError
-
-_START_SECONDS = 180.0
 
 
 def write_serve_config(path: Path, *, base: Path, guides: dict[str, Path], port: int) -> None:
@@ -40,8 +38,13 @@ def write_serve_config(path: Path, *, base: Path, guides: dict[str, Path], port:
 
 
 @contextmanager
-def served(config: Path, *, port: int) -> Iterator[OpenAI]:
-    """Run `serve run CONFIG` on the connected cluster and give a client once it is ready."""
+def served(
+    config: Path, *, port: int, routes: Sequence[str] = ("",), patience_s: float = 180.0
+) -> Iterator[OpenAI]:
+    """Run `serve run CONFIG` on the connected cluster and give a client once it is ready.
+
+    `routes` are the prefixes of its applications; the client asks the first.
+    """
     address = ray.get_runtime_context().gcs_address
     command = Path(sys.executable).with_name("serve")
     log = config.with_suffix(".log")
@@ -54,8 +57,9 @@ def served(config: Path, *, port: int) -> Iterator[OpenAI]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(url, process, log)
-        yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+        for route in routes:
+            _wait_until_ready(url + route, process, log, patience_s)
+        yield OpenAI(base_url=f"{url}{routes[0]}/v1", api_key="unused", max_retries=0)
     finally:
         # Not by Ctrl-C's signal, which a process started in the background ignores.
         ray_serve.shutdown()
@@ -76,8 +80,10 @@ def free_port(wanted: int) -> int:
     raise PilotfishError("no local port is free.")
 
 
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+def _wait_until_ready(
+    url: str, process: "subprocess.Popen[bytes]", log: Path, patience_s: float
+) -> None:
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise PilotfishError(f"serve run ended with code {process.returncode}; see {log}.")
@@ -86,4 +92,4 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -
                 return
         except OSError:  # nobody listens yet, or 503 from who does
             time.sleep(0.5)
-    raise PilotfishError(f"{url} was not ready within {_START_SECONDS:.0f} s; see {log}.")
+    raise PilotfishError(f"{url} was not ready within {patience_s:.0f} s; see {log}.")

@@ -7,16 +7,25 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from .base_model import BaseModel
-from .catalog import Catalog, GuideEntry, make_catalog
-from .config import GuideConfig, ProcessConfig, ServeConfig, parse_args
-from .guide_model import GuideModel
-from .ingress import Pipeline
+from pilotfish.guides.base import Stage
+from serve.api.ingress import Pipeline
+from serve.catalog import Catalog, make_catalog
+from serve.config import ServeConfig, parse_args
+from serve.guides import Guides
+from serve.replicas.base_model import BaseModel
+from serve.replicas.following import CONTROL, control_handle
+from serve.replicas.guide_model import GuideModel
+from serve.replicas.response_guide import ResponseGuide
+from serve.replicas_config import ProcessConfig, ReplicasConfig
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 5}
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
+# Every replica of the application waits at `Guides` for changes.
+_MANY = 10_000
+_FULL = 0.75
+"""Share of a replica's slots that autoscaling aims at."""
 
 
 # Not annotated with ServeConfig: Serve would then validate it without the hints of `parse_args`.
@@ -28,60 +37,101 @@ def build(args: dict[str, Any] | ServeConfig) -> Application:
     """
     config = args if isinstance(args, ServeConfig) else parse_args(args)
     catalog = make_catalog(config, created=int(time.time()))
-    remote = {
-        guide.name: _guide(config, guide, entry, catalog)
-        for guide, entry in zip(config.guides, catalog.guides, strict=True)
-        if guide.placement == "remote"
-    }
-    return _ingress(config, catalog, _base(config, catalog, remote))
+    remote: dict[str, Application] = {}
+    revising: dict[str, Application] = {}
+    for entry in catalog.guides:
+        if entry.current.stage is Stage.REVISION:
+            revising[entry.name] = _response_guide(config, entry.name, catalog)
+        elif entry.placement == "remote":
+            remote[entry.name] = _guide(config, entry.name, catalog)
+    base = _base(config, catalog, remote)
+    replicas = {"": base, **remote, **revising}
+    guides = serve.deployment(
+        name=CONTROL,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MANY,
+        graceful_shutdown_timeout_s=0,  # whoever waits there for news can go without
+        **_HEALTH,
+    )(Guides)
+    control = guides.bind(config, catalog, replicas)
+    return _ingress(config, catalog, base, {**remote, **revising}, control)
 
 
-def _ingress(config: ServeConfig, catalog: Catalog, base: Application) -> Application:
+def _ingress(
+    config: ServeConfig,
+    catalog: Catalog,
+    base: Application,
+    guides: Mapping[str, Application],
+    control: Application,
+) -> Application:
     ingress = config.ingress
     deployment = serve.deployment(
         name="Pipeline",
-        num_replicas=ingress.num_replicas,
-        # Beyond the requests in flight it must still have room to say 429.
-        max_ongoing_requests=4 * ingress.max_in_flight,
+        # Beyond what decodes and what waits it must still have room to say 429.
+        max_ongoing_requests=2 * (ingress.max_in_flight + ingress.max_queued),
         ray_actor_options={"num_cpus": ingress.num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
+        **_replicas(ingress, ingress.max_in_flight),
         **_HEALTH,
     )(serve.ingress()(Pipeline))
-    return deployment.bind(ingress, catalog, base)
+    return deployment.bind(ingress, catalog, base, dict(guides), control)
 
 
 def _base(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Application]) -> Application:
     deployment = serve.deployment(
         name="BaseModel",
-        num_replicas=config.base.num_replicas,
         max_ongoing_requests=config.base.ongoing,
         ray_actor_options=_resources(config.base),
         graceful_shutdown_timeout_s=_DRAIN_S,
+        **_replicas(config.base, config.base.num_slots),
         **_HEALTH,
     )(BaseModel)
-    return deployment.bind(config, catalog, dict(remote))
+    return deployment.bind(config, catalog, dict(remote), control=control_handle)
 
 
-def _guide(
-    config: ServeConfig, guide: GuideConfig, entry: GuideEntry, catalog: Catalog
-) -> Application:
+def _guide(config: ServeConfig, name: str, catalog: Catalog) -> Application:
+    guide = config.guide(name)
     deployment = serve.deployment(
-        name=f"Guide:{guide.name}",
-        num_replicas=guide.num_replicas,
+        name=f"Guide:{name}",
         # Each base replica has one call in flight, and a second where the first went missing.
-        max_ongoing_requests=2 * config.base.num_replicas,
+        max_ongoing_requests=2 * config.base.most_replicas,
         ray_actor_options=_resources(guide),
         # Calls of one base replica go where its caches are.
         request_router_config={"request_router_class": _STICKY},
         logging_config={"enable_access_log": False},  # one line per token otherwise
+        **_replicas(guide, 1),
         **_HEALTH,
     )(GuideModel)
-    return deployment.bind(
-        guide,
-        entry,
-        vocab_size=catalog.base.vocab_size,
-        num_slots=config.guide_slots(guide),
-    )
+    slots = config.guide_slots(guide)
+    return deployment.bind(guide, catalog, num_slots=slots, control=control_handle)
+
+
+def _response_guide(config: ServeConfig, name: str, catalog: Catalog) -> Application:
+    guide = config.guide(name)
+    num_slots = config.guide_slots(guide)
+    deployment = serve.deployment(
+        name=f"ResponseGuide:{name}",
+        max_ongoing_requests=2 * num_slots,
+        ray_actor_options=_resources(guide),
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        **_replicas(guide, num_slots),
+        **_HEALTH,
+    )(ResponseGuide)
+    return deployment.bind(config, name, catalog, control=control_handle)
+
+
+def _replicas(config: ReplicasConfig, num_slots: int) -> dict[str, Any]:
+    """Return how many replicas a deployment has; `num_slots` is what one works on at a time."""
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.num_replicas}
+    target = scaling.target_ongoing_requests or max(1, _FULL * num_slots)
+    return {
+        "autoscaling_config": {
+            **scaling.model_dump(exclude={"target_ongoing_requests"}),
+            "target_ongoing_requests": target,
+        }
+    }
 
 
 def _resources(process: ProcessConfig) -> dict[str, float]:

@@ -23,6 +23,19 @@ class Artifact:
     """An absolute folder, a hub id, or an MLflow URI without an alias."""
     tracking_uri: str | None = None
 
+    def load(self, version: str) -> str:
+        """Return what `fetch` does, if it is this version.
+
+        Raises `CheckpointError` for a folder whose files are others by now.
+        """
+        folder = self.fetch()
+        if (found := self.version(folder)) != version:
+            raise CheckpointError(
+                f"{self.uri!r} held version {version} and holds {found} now: it was overwritten "
+                "while it was served. Reload the guide, or deploy again."
+            )
+        return folder
+
     def fetch(self) -> str:
         """Return a local folder (or the hub id), downloading if need be.
 
@@ -56,6 +69,11 @@ class Artifact:
 
 def is_mlflow_uri(path: str) -> bool:
     return path.startswith((_REGISTRY, "runs:/"))
+
+
+def follows_alias(path: str) -> bool:
+    """Whether a path may stand for another version tomorrow, without anybody writing to it."""
+    return path.startswith(_REGISTRY) and "@" in path
 
 
 def pin(path: str, tracking_uri: str | None) -> Artifact:

@@ -1,21 +1,23 @@
-"""What an application serves: models by name, and which guides a request asks for."""
+"""What an application serves: the base, and its guides by name and version. Plain values."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
-from transformers import AutoConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import pilotfish
+from pilotfish.chat import stop_ids
 from pilotfish.errors import CheckpointError
 from pilotfish.guides import GUIDES, check_guide, check_remote
 from pilotfish.guides.base import Stage
-from pilotfish.models.loading import load_tokenizer
+from pilotfish.models.loading import load_architecture, load_tokenizer
 from pilotfish.models.vocab import fingerprint
+from serve.artifacts import Artifact, pin
+from serve.config import GuideConfig, ServeConfig
 
-from .artifacts import Artifact, pin
-from .config import GuideConfig, ServeConfig
-from .errors import APIError
+Placement: TypeAlias = Literal["colocated", "remote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,70 +27,96 @@ class BaseEntry:
     model_id: str
     artifact: Artifact
     version: str
+    vocab: str
+    """Fingerprint of its vocabulary."""
     vocab_size: int
     max_length: int
+    end_ids: frozenset[int] = frozenset()
+    """What ends an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuideVersion:
+    """One version of a guide: the same weights whoever loads it, and whenever."""
+
+    name: str
+    version: str
+    artifact: Artifact
+    kind: str
+    weight: float
+    """For requests that name none."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def stage(self) -> Stage:
+        return GUIDES[self.kind].stage
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A version that is tried on a share of the requests that name the guide."""
+
+    version: GuideVersion
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
 class GuideEntry:
-    """One guide that requests can name."""
+    """One guide that requests can name, in all versions that are served."""
 
-    name: str
-    artifact: Artifact
-    version: str
-    kind: str
-    weight: float
+    current: GuideVersion
+    placement: Placement
+    canary: Trial | None = None
+    """Answers its share of the requests."""
+    shadow: Trial | None = None
+    """Decodes its share of the requests once more, for the metrics; nobody sees the answers."""
+    enabled: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.current.name
+
+    @property
+    def versions(self) -> list[GuideVersion]:
+        """All versions that are served, the current one first."""
+        trials = [trial for trial in (self.canary, self.shadow) if trial is not None]
+        found = {version.key: version for version in (self.current, *(t.version for t in trials))}
+        return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The base and its guides: plain values, sent to every replica."""
+    """The base and its guides, at one moment: every change is another catalog."""
 
     base: BaseEntry
     guides: tuple[GuideEntry, ...]
     created: int
+    revision: int = 0
+    """Counts changes; of two catalogs the one with the higher number holds."""
 
-    def choose(
-        self, model: str, asked: Sequence[tuple[str, float | None]] | None
-    ) -> list[tuple[GuideEntry, float]]:
-        """Return the guides of a request and their weights, in order of tilting.
+    def guide(self, name: str) -> GuideEntry | None:
+        return next((guide for guide in self.guides if guide.name == name), None)
 
-        `asked` (the body) goes before the suffix of `model`; None is not asked. Raises `APIError`
-        404 for a model or guide that is not served, and 400 for a weight it does not take.
-        """
-        suffix = self._suffix(model)
-        if asked is None:
-            asked = [(suffix, None)] if suffix else []
-        chosen = []
-        for name, weight in asked:
-            entry = next((guide for guide in self.guides if guide.name == name), None)
-            if entry is None:
-                known = ", ".join(guide.name for guide in self.guides) or "none"
-                message = f"No guide named {name!r} is served; served: {known}."
-                raise APIError(404, message, param="guides", code="guide_not_found")
-            strength = entry.weight if weight is None else weight
-            if strength not in (0, 1) and not GUIDES[entry.kind].takes_weight:
-                message = f"Guide {name!r} is on or off: its weight is {strength}, wanted 0 or 1."
-                raise APIError(400, message, param="guides", code="invalid_weight")
-            chosen.append((entry, strength))
-        return chosen
+    def is_newer(self, other: "Catalog") -> bool:
+        """Whether this is what became of another one, of the same deployment."""
+        return self.created == other.created and self.revision > other.revision
+
+    def with_guide(self, entry: GuideEntry) -> "Catalog":
+        """Return the next catalog, in which one guide is another."""
+        guides = tuple(entry if guide.name == entry.name else guide for guide in self.guides)
+        return replace(self, guides=guides, revision=self.revision + 1)
 
     def model_ids(self) -> list[str]:
         base = self.base.model_id
         return [base, *(f"{base}:{guide.name}" for guide in self.guides)]
 
-    def system_fingerprint(self, guides: Sequence[GuideEntry]) -> str:
+    def system_fingerprint(self, guides: Sequence[GuideVersion]) -> str:
         """Return a hash of everything but the request that decides what is sampled."""
-        parts = [pilotfish.__version__, self.base.version]
-        parts += [f"{guide.name}@{guide.version}" for guide in guides]
+        parts = [pilotfish.__version__, self.base.version, *(guide.key for guide in guides)]
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-
-    def _suffix(self, model: str) -> str:
-        if model not in self.model_ids():
-            known = ", ".join(self.model_ids())
-            message = f"The model {model!r} does not exist; served: {known}."
-            raise APIError(404, message, param="model", code="model_not_found")
-        return model.removeprefix(self.base.model_id).removeprefix(":")
 
 
 def make_catalog(config: ServeConfig, *, created: int) -> Catalog:
@@ -104,38 +132,51 @@ def make_catalog(config: ServeConfig, *, created: int) -> Catalog:
         model_id=config.base.model_id,
         artifact=artifact,
         version=artifact.version(folder),
+        vocab=fingerprint(tokenizer),
         vocab_size=len(tokenizer),
         max_length=_max_length(folder),
+        end_ids=_end_ids(folder, tokenizer),
     )
-    vocab = fingerprint(tokenizer)
-    guides = tuple(_guide_entry(guide, config, vocab=vocab) for guide in config.guides)
+    guides = tuple(_guide_entry(guide, config, base) for guide in config.guides)
     return Catalog(base, guides, created)
 
 
-def _guide_entry(guide: GuideConfig, config: ServeConfig, *, vocab: str) -> GuideEntry:
-    artifact = pin(guide.path, config.tracking_uri)
+def resolve_version(guide: GuideConfig, base: BaseEntry, *, artifact: Artifact) -> GuideVersion:
+    """Look into an artifact: return it as a version of a guide that can steer this base.
+
+    Raises what `make_catalog` raises.
+    """
     folder = artifact.fetch()
-    card = check_guide(folder, base=config.base.path, base_vocab=vocab)
-    if guide.placement == "remote":
+    card = check_guide(folder, base=base.artifact.uri, base_vocab=base.vocab)
+    if guide.placement == "remote" and GUIDES[card.kind].stage is not Stage.REVISION:
         check_remote(card, guide.name)
-    if GUIDES[card.kind].stage is not Stage.TOKEN:
-        raise CheckpointError(
-            f"guide {guide.name!r} is of kind {card.kind!r}, which acts on whole answers; only "
-            "guides that tilt tokens are served. Leave it out of the config; pilotfish.Pilot runs "
-            "it."
-        )
-    return GuideEntry(
+    return GuideVersion(
         name=guide.name,
-        artifact=artifact,
         version=artifact.version(folder),
+        artifact=artifact,
         kind=card.kind,
         weight=card.weight if guide.weight is None else guide.weight,
     )
 
 
+def _guide_entry(guide: GuideConfig, config: ServeConfig, base: BaseEntry) -> GuideEntry:
+    version = resolve_version(guide, base, artifact=pin(guide.path, config.tracking_uri))
+    revises = version.stage is Stage.REVISION
+    if revises and guide.placement != "remote":
+        raise CheckpointError(
+            f"guide {guide.name!r} is of kind {version.kind!r}, which rewrites whole answers with "
+            "a model of its own. Give it replicas of its own: placement: remote."
+        )
+    return GuideEntry(current=version, placement=guide.placement)
+
+
 def _max_length(folder: str) -> int:
+    return load_architecture(folder).get_text_config().max_position_embeddings
+
+
+def _end_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder!r} holds no model config: {error}") from error
-    return config.get_text_config().max_position_embeddings
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        generation = GenerationConfig.from_model_config(load_architecture(folder))
+    return stop_ids(tokenizer, generation)

@@ -5,11 +5,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pilotfish.config import Config, parse, resolve_references
 from pilotfish.errors import ConfigError
-from pilotfish.models.loading import Dtype
+from serve.ingress_config import IngressConfig
+from serve.replicas_config import ProcessConfig, ReplicasConfig
 
 
 def _check_name(name: str) -> str:
@@ -29,30 +37,15 @@ def _check_model_id(model_id: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name)]
 ModelId = Annotated[str, AfterValidator(_check_model_id)]
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Ray resources of one replica; fractions share a core or a GPU."""
 
 
-class ProcessConfig(Config):
-    """One replica's resources, and how it computes."""
-
-    num_cpus: Share = 1
-    num_gpus: Share = 0
-    device: str = "auto"
-    """`auto` is the accelerator that Ray gave this replica, else the CPU."""
-    dtype: Dtype = "auto"
-    threads: PositiveInt = 1
-    """Threads of a forward on the CPU. More replicas usually beat more threads."""
-
-
-class BaseConfig(ProcessConfig):
+class BaseConfig(ProcessConfig, ReplicasConfig):
     """The base LM, and the decode loop of each of its replicas."""
 
     model_id: ModelId = "base"
     """What requests call it."""
     path: str
     """A folder, a hub id, or an MLflow URI (`models:/name@alias`, `runs:/id/path`)."""
-    num_replicas: PositiveInt = 1
     num_slots: PositiveInt = 32
     """Requests that one replica decodes at a time; more wait."""
     max_ongoing_requests: PositiveInt | None = None
@@ -65,7 +58,7 @@ class BaseConfig(ProcessConfig):
         return self.max_ongoing_requests or 2 * self.num_slots
 
 
-class GuideConfig(ProcessConfig):
+class GuideConfig(ProcessConfig, ReplicasConfig):
     """One guide: in the processes of the base replicas, or in replicas of its own."""
 
     name: Name
@@ -74,12 +67,17 @@ class GuideConfig(ProcessConfig):
     weight: float | None = Field(default=None, ge=-100, le=100)
     """For requests that name the guide without one; by default the weight of its card."""
     placement: Literal["colocated", "remote"] = "colocated"
-    num_replicas: PositiveInt = 1
     num_slots: PositiveInt | None = None
     """Sequences whose cache one replica keeps; by default enough for all base replicas."""
-    timeout_s: PositiveFloat = 10
-    """How long a base replica waits for one answer before it asks again."""
-    max_attempts: PositiveInt = 4
+    timeout_s: PositiveFloat = 5
+    """How long a step waits for the guide, in all. Then requests fail or go on without it, as they
+    ask for with `on_failure`."""
+    hedge_s: PositiveFloat = 1
+    """When an answer takes longer than this, a second replica is asked as well."""
+    cooldown_s: NonNegativeFloat = 5
+    """So long is a guide left alone that did not answer in time."""
+    precision: Literal["half", "full"] = "half"
+    """Of log-probs on their way. Half is what a 70B's own arithmetic comes to."""
 
     @model_validator(mode="after")
     def _own_process_only_if_remote(self) -> "GuideConfig":
@@ -92,30 +90,16 @@ class GuideConfig(ProcessConfig):
         return self
 
 
-class IngressConfig(Config):
-    """The HTTP side: admission, defaults of requests, and when to give up on a replica."""
-
-    num_replicas: PositiveInt = 1
-    num_cpus: Share = 0.5
-    max_tokens: PositiveInt = 256
-    """For requests that do not say; never more than the context leaves room for."""
-    max_in_flight: PositiveInt = 256
-    """Requests that one ingress replica works on; beyond it answers 429."""
-    retry_after_s: PositiveInt = 1
-    first_token_deadline_s: PositiveFloat = 120
-    """From sending a request to a replica to its first token: queueing and prefill."""
-    token_deadline_s: PositiveFloat = 10
-    """Between tokens. A stuck replica raises nothing; this is what notices it."""
-    max_attempts: PositiveInt = 4
-    """Replicas tried in a row without one new token."""
-
-
 class ServeConfig(Config):
     """A base, its guides and the API in front of them: one Serve application."""
 
     base: BaseConfig
     guides: tuple[GuideConfig, ...] = ()
     ingress: IngressConfig = IngressConfig()
+    guides_poll_s: NonNegativeFloat = 10
+    """How often the aliases of guides (`models:/name@alias`) are looked at; 0 is never."""
+    guide_load_s: PositiveFloat = 600
+    """How long a replica may take to load another version of a guide."""
     tracking_uri: str | None = None
     """MLflow server that resolves `models:/` and `runs:/`; by default `MLFLOW_TRACKING_URI`."""
 
@@ -130,13 +114,24 @@ class ServeConfig(Config):
                     f"guide {guide.name!r} has num_slots={guide.num_slots}, fewer than the base's "
                     f"{self.base.num_slots} rows of one call. Raise it, or leave it out"
                 )
+            patience_s = min(self.base.stall_s, self.ingress.token_deadline_s)
+            if guide.placement == "remote" and guide.timeout_s >= patience_s:
+                raise ValueError(
+                    f"guide {guide.name!r} has timeout_s={guide.timeout_s:g}, but a base replica "
+                    f"that is silent for {patience_s:g} s (base.stall_s, ingress.token_deadline_s) "
+                    "is taken for a stuck one. Lower it, or raise those"
+                )
         return self
+
+    def guide(self, name: str) -> GuideConfig:
+        """Return the config of a guide that is served."""
+        return next(guide for guide in self.guides if guide.name == name)
 
     def guide_slots(self, guide: GuideConfig) -> int:
         """Slots of one process that runs this guide."""
         if guide.placement == "colocated":
             return self.base.num_slots
-        return guide.num_slots or self.base.num_slots * self.base.num_replicas
+        return guide.num_slots or self.base.num_slots * self.base.most_replicas
 
 
 def parse_args(args: Mapping[str, Any]) -> ServeConfig:

@@ -11,7 +11,7 @@ All cross process borders, so each is made again from its `args`.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pilotfish.errors import PilotfishError, PromptError
+from pilotfish.errors import ConfigError, PilotfishError, PromptError
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
@@ -39,17 +39,19 @@ class APIError(Exception):
         self,
         status: int,
         message: str,
-        *,
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message, param, code, headers)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def type(self) -> ErrorType:
@@ -81,6 +83,8 @@ def api_error(error: BaseException) -> APIError:
         return cause
     if isinstance(cause, PromptError):
         return APIError(400, str(cause))
+    if isinstance(cause, ConfigError):
+        return APIError(400, str(cause), param="guides", code="invalid_guides")
     if isinstance(cause, GuideUnavailableError):
         message = f"{cause}. Try again, or set its weight to 0 to go on without it."
         return APIError(503, message, param="guides", code="guide_unavailable")

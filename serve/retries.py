@@ -4,7 +4,7 @@ import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from .errors import EngineError, cause_of
+from serve.errors import EngineError, cause_of
 
 
 class StreamBrokenError(Exception):

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -18,6 +18,28 @@ class LocalHandle:
 
     def __getattr__(self, name: str) -> "_Method":
         return _Method(getattr(self._target, name), self._breakage)
+
+
+class LocalReplicas:
+    """A deployment handle for what concerns all replicas; there may be others in a moment."""
+
+    def __init__(self, replicas: Callable[[], Sequence[LocalHandle]]) -> None:
+        self._replicas = replicas
+
+    def broadcast(self, name: str, *args: Any) -> "LocalBroadcast":
+        return LocalBroadcast([getattr(each, name).remote(*args) for each in self._replicas()])
+
+
+class LocalBroadcast:
+    """The answers of all replicas."""
+
+    def __init__(self, answers: Sequence["LocalResponse"]) -> None:
+        self._answers: Sequence[Any] = answers
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        async with asyncio.timeout(timeout_s):
+            every = [asyncio.ensure_future(answer) for answer in self._answers]
+            return await asyncio.gather(*every, return_exceptions=return_exceptions)
 
 
 class _Method:

@@ -190,6 +190,7 @@ class _Drafts:
             params = replace(
                 self._params,
                 max_tokens=max_tokens,
+                min_tokens=min(self._params.min_tokens, max_tokens),
                 seed=None if seed is None else draft_seed(seed, number),
             )
             request = self._driver.request(

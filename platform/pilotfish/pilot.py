@@ -13,7 +13,15 @@ from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import Completion, Drafting, SamplingParams
 from pilotfish.decode.writer import Writer
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.guides import GUIDES, check_guide, load_guide, make_card
+from pilotfish.guides import (
+    GUIDES,
+    check_guide,
+    load_guide,
+    make_card,
+    variant_name,
+    vary_card,
+    vary_guide,
+)
 from pilotfish.guides.base import Guide, Stage, Staged, TokenGuide
 from pilotfish.guides.card import GuideCard, WeightUnits, resolve_weights
 from pilotfish.guides.genarm import GenARMGuide
@@ -68,9 +76,9 @@ class Pilot:
             dtype=dtype,
             open_text_model=Writer,
         )
-        loaded = {name: self._load(name, source) for name, source in sources.items()}
-        self.engine = self._open_engine(loaded)
-        self._answering = Answering(Driver(self.engine, self.tokenizer), loaded)
+        self._guides = {name: self._load(name, source) for name, source in sources.items()}
+        self.engine = self._open_engine(self._guides)
+        self._answering = Answering(Driver(self.engine, self.tokenizer), self._guides)
 
     @property
     def num_forwards(self) -> int:
@@ -129,6 +137,30 @@ class Pilot:
         task = self._task(prompt, params, draft)
         self._answering.check([task], chain)
         return self._answering.stream(task, chain)
+
+    def vary(self, guide: str, **settings: Any) -> str:
+        """Return the name under which a loaded guide acts with other decode-time settings.
+
+        >>> careful = pilot.vary("proxy", p_t=0.9)
+        >>> pilot.generate(["..."], guides={careful: 1.0})
+
+        The models are shared. `settings` are fields of the guide's card; `gate` too, where it tilts
+        tokens. Raises `ConfigError` for those that cannot change so, and for bad values.
+        """
+        if guide not in self.cards:
+            known = ", ".join(self.cards) or "none"
+            raise ConfigError(
+                f"no guide named {guide!r} has a card to vary; loaded with one: {known}."
+            )
+        card = vary_card(self.cards[guide], settings)
+        name = variant_name(guide, settings)
+        if name not in self._guides:
+            varied = vary_guide(self._guides[guide], self.cards[guide], settings)
+            self.cards[name], self._kinds[name] = card, self._kinds[guide]
+            self._guides[name] = varied
+            if self._kinds[name].stage is Stage.TOKEN:
+                self.engine.guides[name] = cast(TokenGuide, varied)
+        return name
 
     def _read_cards(self, base: str | Path, sources: Mapping[str, Source]) -> dict[str, GuideCard]:
         cards, where = {}, {"base": str(base), "base_vocab": fingerprint(self.tokenizer)}

@@ -4,13 +4,15 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pilotfish import Completion, SamplingParams
+from pilotfish import Completion, Pilot, SamplingParams
 from pilotfish.answering import Answering, Task
 from pilotfish.chain import Chain
 from pilotfish.context import Prompt
@@ -25,7 +27,7 @@ from pilotfish.models.reward import RewardModel
 from pilotfish.noise import draft_seed
 from tests.enumerable import PROMPT, Prefix, TabularReward, World, random_reward, random_world
 from tests.fakes import plain_logprobs, plain_reward, tiny_llama, tiny_reward_model
-from tests.folders import byte_tokenizer
+from tests.folders import byte_tokenizer, save_base
 
 
 class Table:
@@ -289,3 +291,23 @@ def test_a_scorer_that_cannot_compare_is_refused(scores: list[float]) -> None:
 def test_settings_that_mean_nothing_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(Table(WORLD.reward))
+
+
+def test_blocks_count_the_tokens_that_cannot_end_the_answer(tmp_path: Path) -> None:
+    """One draft per block is the base, whose stop strings are plain text for so many tokens."""
+    blocks = BlockwiseCD(Table(lambda _: 0.0), num_drafts=1, block_tokens=4)
+    pilot = Pilot(save_base(tmp_path), guides={"blocks": blocks})
+    free = SamplingParams(max_tokens=60, seed=5, ignore_eos=True)
+    [whole] = pilot.generate(["the cat"], free, guides={})
+    [(stop, _)] = Counter(filter(str.isalpha, whole.text)).most_common(1)
+    lengths = []
+    for min_tokens in (0, 6, 15, 40):
+        params = replace(free, stop=(stop,), min_tokens=min_tokens)
+        [plain] = pilot.generate(["the cat"], params, guides={})
+        [answer] = pilot.generate(["the cat"], params, guides={"blocks": 1.0})
+        assert (answer.text, answer.token_ids) == (plain.text, plain.token_ids)
+        assert plain.token_ids == whole.token_ids[: len(plain.token_ids)]
+        assert len(plain.token_ids) > min_tokens
+        lengths.append(len(plain.token_ids))
+    assert lengths[0] < lengths[2]
+    assert stop in plain.text

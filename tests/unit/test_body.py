@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from pilotfish.context import Context, Prompt
+from pilotfish.models import body
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.reward import RewardModel, RewardReading
 from tests.fakes import context, plain_logprobs, tiny_llama, tiny_reward_model
@@ -46,9 +47,12 @@ def test_remembered_states_are_not_computed_again() -> None:
         torch.testing.assert_close(law, plain_logprobs(model, text[:length]))
 
 
-@pytest.mark.parametrize("num_slots", [2, 8])
-def test_candidates_are_read_as_if_each_were_appended_alone(num_slots: int) -> None:
+@pytest.mark.parametrize(("num_slots", "siblings"), [(2, 512), (8, 512), (8, 6), (8, 1)])
+def test_candidates_are_read_as_if_each_were_appended_alone(
+    num_slots: int, siblings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through growing, rewinding and nested contexts, chosen candidates and strangers."""
+    monkeypatch.setattr(body, "_SIBLINGS", siblings)
     model, rng = tiny_llama(2), random.Random(2)
     lm = CausalLM(model, num_slots=num_slots, prefill_chunk=6)
     texts = {key: ids(rng, 3 + 9 * key) for key in range(3)}
@@ -56,15 +60,19 @@ def test_candidates_are_read_as_if_each_were_appended_alone(num_slots: int) -> N
         asked = [context(key, list(text)) for key, text in texts.items()]
         if rng.random() < 0.3:
             asked.append(context(0, texts[0][:2]))
+        rng.shuffle(asked)
         picks = torch.tensor([rng.sample(range(16), 4) for _ in asked])
+        before = lm.num_forwards
         hidden_RKD = lm.candidates(asked, picks)
+        assert lm.num_forwards == before + picks.numel()
         laws = lm.logprobs(hidden_RKD)
         for row, one in enumerate(asked):
             for place, token in enumerate(picks[row].tolist()):
                 fresh = plain_logprobs(model, [*one.token_ids, token])
                 torch.testing.assert_close(laws[row, place], fresh)
-        for key, text in texts.items():
-            text.append(rng.choice([*picks[key].tolist(), rng.randrange(16)]))
+        for one, some in zip(asked, picks.tolist(), strict=True):
+            if len(one.token_ids) == len(text := texts[one.key]):
+                text.append(rng.choice([*some, rng.randrange(16)]))
         if rng.random() < 0.5:
             asked = [context(key, list(text)) for key, text in texts.items()]
             for law, one in zip(lm.forward(asked).logprobs_RV, asked, strict=True):

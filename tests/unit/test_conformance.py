@@ -4,7 +4,9 @@ The models are random and run in float64, so equality is to rounding; folders go
 """
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pilotfish import Pilot, SamplingParams
+from pilotfish import Completion, Pilot, SamplingParams
 from pilotfish.context import Context, Prompt
 from pilotfish.errors import PilotfishError
 from pilotfish.guides import GUIDES, load_guide
 from pilotfish.guides.base import Draft, ResponseGuide, Selector, Stage, Step, TokenGuide
-from pilotfish.guides.card import read_card
+from pilotfish.guides.card import read_card, write_card
 from pilotfish.guides.host import GuideHost
 from pilotfish.models.causal_lm import CausalLM
 from pilotfish.models.loading import load_frozen, load_tokenizer
@@ -69,6 +71,25 @@ SAVED: dict[str, Callable[[Path], Path]] = {
         rollout_tokens=3,
     ),
 }
+VARIED: dict[str, list[dict[str, Any]]] = {
+    "aligner": [{"max_tokens": 4}, {"temperature": 1.5, "seed": 5}],
+    "args": [{"num_candidates": 2, "chunk_size": 1}, {"gate": 4.3}],
+    "best_of_n": [{"num_drafts": 5}, {"num_drafts": 8, "inverse_temperature": 0.5}],
+    "blockwise": [{"num_drafts": 4, "block_tokens": 2}],
+    "controlled_decoding": [{"num_candidates": None}, {"num_candidates": 3}],
+    "genarm": [{"gate": 4.3}],
+    "proxy": [
+        {"p_t": 0.3, "top_k": 7},
+        {"candidate_order": "iid", "max_tries": 2, "fallback": "top1", "temperature": 1.3},
+        {"p_t_rule": "cumulative", "gate": 4.3},
+    ],
+    "proxy_tuning": [{"gate": 4.3}],
+    "transfer_q": [
+        {"num_candidates": 5, "num_rollouts": 3, "rollout_temperature": 0.7, "seed": 3},
+        {"rollout_tokens": None, "max_rollout_tokens": 4, "proposal": "rollout"},
+    ],
+}
+"""Settings that a loaded guide can have anew, and that change what is drawn."""
 TILTING = sorted(kind for kind, guide in GUIDES.items() if guide.stage is Stage.TOKEN)
 VOCAB = len(byte_tokenizer())
 
@@ -135,7 +156,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 
 def test_every_kind_is_held_to_this_suite() -> None:
-    assert set(SAVED) == set(GUIDES)
+    assert set(SAVED) == set(VARIED) == set(GUIDES)
 
 
 @pytest.mark.parametrize("kind", TILTING)
@@ -201,10 +222,18 @@ def test_positions_of_one_sequence_are_answered_as_if_each_stood_alone(
 def completions(
     base: Path, loaded: dict[str, Path], guides: dict[str, float] | None = None
 ) -> list[Any]:
-    pilot = Pilot(base, guides=loaded)
+    return decoded(Pilot(base, guides=loaded), guides)
+
+
+def decoded(pilot: Pilot, guides: dict[str, float] | None = None) -> list[Any]:
     prompts = ["the cat", "a dog sat on"]
     params = SamplingParams(max_tokens=6, seed=3, temperature=0.9)
     return pilot.generate(prompts, params, guides=guides)
+
+
+def bare(completion: Completion) -> Completion:
+    """Without the names that guides go by."""
+    return replace(completion, moved_by=[], notes=[], revised_by=())
 
 
 @pytest.mark.parametrize("kind", sorted(SAVED))
@@ -219,6 +248,25 @@ def test_a_folder_loaded_twice_answers_alike(kind: str, base_folder: Path, saved
     first = completions(base_folder, {"it": saved(kind)}, guides=chosen)
     assert first == completions(base_folder, {"it": saved(kind)}, guides=chosen)
     assert first != completions(base_folder, {})
+
+
+@pytest.mark.parametrize(("kind", "args"), [(k, args) for k in VARIED for args in VARIED[k]])
+def test_a_variant_is_the_guide_loaded_with_those_settings(
+    kind: str, args: dict[str, Any], base_folder: Path, saved, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved(kind), tmp_path / "changed")
+    card, settings = read_card(folder), {k: v for k, v in args.items() if k != "gate"}
+    update = {"settings": {**card.settings, **settings}, "gate": args.get("gate")}
+    write_card(folder, card.model_copy(update=update))
+    expected = completions(base_folder, {"it": folder}, {"it": 1.0})
+
+    pilot = Pilot(base_folder, guides={"it": saved(kind)})
+    num_models = len(pilot._host.lms)
+    name = pilot.vary("it", **args)
+    found = [bare(one) for one in decoded(pilot, {name: 1.0})]
+    assert found == [bare(one) for one in expected]
+    assert found != [bare(one) for one in decoded(pilot, {"it": 1.0})]
+    assert len(pilot._host.lms) == num_models
 
 
 @pytest.mark.parametrize("kind", TILTING)

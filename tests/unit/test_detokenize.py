@@ -68,3 +68,33 @@ def test_text_ends_where_the_first_stop_string_begins(
     released += stream.flush()
     assert released == expected
     assert stream.stopped is (expected != text)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "expected"),
+    [
+        (0, ""),
+        (1, ""),
+        (2, "abac"),
+        (6, "abacab"),
+        (9, "abacabab"),
+        (10, "abacabababcac"),  # what ended too early is held, since "abc!" begins like it
+    ],
+)
+def test_stop_strings_of_the_first_tokens_are_plain_text(min_tokens: int, expected: str) -> None:
+    tokenizer = hh_tokenizer()
+    ids = [tokenizer.encode(one, add_special_tokens=False) for one in "abacabababcac"]
+    assert all(len(one) == 1 for one in ids)
+    stream = TextStream(tokenizer, ("ab", "abc!"), min_tokens=min_tokens)
+    for [token_id] in ids:
+        stream.push(token_id)
+    stream.flush()
+    assert stream.text == expected
+
+
+def test_the_stop_string_that_ends_a_text_can_stay_in_it() -> None:
+    tokenizer = hh_tokenizer()
+    stream = TextStream(tokenizer, ("wait", "wait."), keep_stop=True)
+    ids = tokenizer.encode("put it in. Then wait. Then eat", add_special_tokens=False)
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert "".join([*pieces, stream.flush()]) == stream.text == "put it in. Then wait"

@@ -23,20 +23,36 @@ MODELS = {
 }
 
 
+RESHAPED = {
+    "logit_bias": {0: 1.5, 2: -2.0},
+    "min_tokens": 2,
+    "stop_token_ids": (3,),
+    "min_p": 0.1,
+}
+
+
 def new_engine(num_slots: int = 500) -> Engine:
     lms = {name: CausalLM(model, num_slots=num_slots) for name, model in MODELS.items()}
     guides = {"a": GenARMGuide(lms["a"]), "b": GenARMGuide(lms["b"])}
     return Engine(lms["base"], guides, drafters={"a": lms["a"], "x": lms["x"]})
 
 
-def law_of_paths(weights: Mapping[str, float], temperature: float) -> dict[tuple, float]:
-    """GenARM equation (6) and a temperature, path by path."""
+def law_of_paths(
+    weights: Mapping[str, float], temperature: float, reshaped: Mapping[str, Any]
+) -> dict[tuple, float]:
+    """GenARM equation (6), biases, early ends, temperature and min-p, path by path."""
 
     def law(ids: list[int]) -> list[float]:
         mixed = plain_logprobs(MODELS["base"], ids)
         for name, weight in weights.items():
             mixed = mixed + weight * plain_logprobs(MODELS[name], ids)
-        return (mixed.log_softmax(-1) / temperature).softmax(-1).tolist()
+        for token, bias in reshaped.get("logit_bias", {}).items():
+            mixed[token] += bias
+        if len(ids) - 2 < reshaped.get("min_tokens", 0):
+            mixed[list(reshaped["stop_token_ids"])] = -torch.inf
+        probs = (mixed.log_softmax(-1) / temperature).softmax(-1)
+        probs[probs < reshaped.get("min_p", 0.0) * probs.max()] = 0
+        return (probs / probs.sum()).tolist()
 
     return {
         path: math.prod(law([1, 2, *path[:at]])[path[at]] for at in range(LENGTH))
@@ -55,7 +71,7 @@ def chi_square(counts: Mapping[tuple, int], chances: Mapping[tuple, float]) -> f
 
 
 def sample(
-    weights: dict[str, float], temperature: float, draft: Drafting | None
+    weights: dict[str, float], temperature: float, draft: Drafting | None, **reshaped: Any
 ) -> dict[tuple, int]:
     engine = new_engine()
     for seed in range(RUNS):
@@ -68,6 +84,7 @@ def sample(
                 temperature=temperature,
                 max_tokens=LENGTH,
                 draft=draft,
+                **reshaped,
             )
         )
     counts: dict[tuple, int] = {}
@@ -78,13 +95,14 @@ def sample(
 
 
 @pytest.mark.parametrize(
-    ("weights", "temperature", "drafter", "num_tokens"),
+    ("weights", "temperature", "drafter", "num_tokens", "reshaped"),
     [
-        ({"a": 1.0}, 1.0, "a", 1),
-        ({"a": 1.0}, 1.0, "a", 4),
-        ({"a": 0.5, "b": 1.5}, 0.7, "a", 2),
-        ({"b": 2.0}, 1.0, "x", 2),
-        ({}, 1.3, "x", 3),
+        ({"a": 1.0}, 1.0, "a", 1, {}),
+        ({"a": 1.0}, 1.0, "a", 4, {}),
+        ({"a": 0.5, "b": 1.5}, 0.7, "a", 2, {}),
+        ({"b": 2.0}, 1.0, "x", 2, {}),
+        ({}, 1.3, "x", 3, {}),
+        ({"a": 1.0}, 1.2, "a", 2, RESHAPED),
     ],
 )
 def test_drafted_sequences_follow_the_guided_law(
@@ -92,12 +110,15 @@ def test_drafted_sequences_follow_the_guided_law(
     temperature: float,
     drafter: str,
     num_tokens: int,
+    reshaped: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     always_draft(monkeypatch)
     draft = Drafting(**{"model" if drafter == "x" else "guide": drafter}, num_tokens=num_tokens)
-    counts = sample(weights, temperature, draft)
-    assert chi_square(counts, law_of_paths(weights, temperature)) < 4
+    counts = sample(weights, temperature, draft, **reshaped)
+    chances = law_of_paths(weights, temperature, reshaped)
+    assert all(chances[path] > 0 for path in counts)
+    assert chi_square(counts, chances) < 4
 
 
 def test_without_the_residual_law_the_same_test_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +128,7 @@ def test_without_the_residual_law_the_same_test_fails(monkeypatch: pytest.Monkey
     always_draft(monkeypatch)
     monkeypatch.setattr("pilotfish.decode.drafting.couple", keep_every_draft)
     counts = sample({"a": 1.0}, 1.0, Drafting(guide="a", num_tokens=3))
-    assert chi_square(counts, law_of_paths({"a": 1.0}, 1.0)) > 20
+    assert chi_square(counts, law_of_paths({"a": 1.0}, 1.0, {})) > 20
 
 
 def always_draft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +161,15 @@ MIXED: list[dict[str, Any]] = [
     {},
     {"draft": Drafting(model="x", num_tokens=1), "temperature": 0.0},
     {"guides": {"a": 1.0}, "draft": Drafting(guide="a"), "top_p": 0.9, "temperature": 0.8},
+    {
+        "guides": {"a": 1.0},
+        "draft": Drafting(guide="a"),
+        "logit_bias": {1: 1.0},
+        "min_tokens": 9,
+        "stop_token_ids": (0,),
+        "min_p": 0.05,
+        "top_logprobs": 2,
+    },
 ]
 
 
@@ -175,11 +205,12 @@ def test_greedy_drafted_text_is_the_greedy_text() -> None:
     assert text(Drafting(guide="a")) == text(None)
 
 
-def test_a_drafter_that_says_what_the_base_would_is_always_kept() -> None:
+@pytest.mark.parametrize("reshaped", [{}, {**RESHAPED, "min_tokens": 20}])
+def test_a_drafter_that_says_what_the_base_would_is_always_kept(reshaped: dict[str, Any]) -> None:
     base = MODELS["base"]
     engine = Engine(CausalLM(base), drafters={"same": CausalLM(base)})
     draft = Drafting(model="same", num_tokens=4)
-    engine.submit(request(1, [1, 2], max_tokens=20, draft=draft))
+    engine.submit(request(1, [1, 2], max_tokens=20, draft=draft, **reshaped))
     events = drain(engine)[1]
     assert engine.draft_stats.num_accepted == engine.draft_stats.num_drafted
     assert sum(event.drafted for event in events) == engine.draft_stats.num_accepted > 0

@@ -3,19 +3,23 @@
 import itertools
 import math
 import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from pilotfish.context import Context
 from pilotfish.decode.engine import Engine
-from pilotfish.decode.sequence import FinishReason, Request, TokenEvent
+from pilotfish.decode.sequence import Drafting, FinishReason, Request, TokenEvent
 from pilotfish.errors import PromptError
-from pilotfish.guides.base import TokenGuide
+from pilotfish.guides.base import Step, TokenGuide
 from pilotfish.guides.gate import Gated
 from pilotfish.guides.genarm import GenARMGuide
 from pilotfish.models.causal_lm import CausalLM
-from tests.fakes import drain, plain_logprobs, request, tiny_llama
+from tests.fakes import context, drain, plain_logprobs, request, tiny_llama
 
 BASE, GUIDE, OTHER = tiny_llama(1), tiny_llama(2), tiny_llama(3)
 
@@ -193,6 +197,113 @@ def test_cancelled_requests_free_their_slots() -> None:
     events = drain(engine)
     assert sorted(events) == [1, 2]
     assert engine.num_running == engine.num_waiting == 0
+
+
+class Breaking:
+    """A slow guide that stops answering after some steps."""
+
+    needs_hidden = False
+
+    def __init__(self, guide: TokenGuide, *, num_steps: int, seconds: float = 0.0) -> None:
+        self._guide, self.left, self.seconds = guide, num_steps, seconds
+        self.released: list[int] = []
+
+    def begin(self, contexts: Sequence[Context]) -> Any:
+        time.sleep(self.seconds)
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("gone")
+        return self._guide.begin(contexts)
+
+    def tilt(self, logprobs_RV: torch.Tensor, step: Step, evidence: Any) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self._guide.tilt(logprobs_RV, step, evidence)
+
+    def release(self, keys: Sequence[int]) -> None:
+        self.released += keys
+
+
+@pytest.mark.parametrize("draft", [None, Drafting(guide="a", num_tokens=2)])
+def test_a_request_goes_on_without_a_guide_that_was_given_up(draft: Drafting | None) -> None:
+    engine = new_engine(num_slots=2, drafters={"a": CausalLM(GUIDE)})
+    broken = engine.guides["broken"] = Breaking(engine.guides["b"], num_steps=2)
+    weights = {1: {"a": 0.5, "broken": 1.5}, 2: {"b": 1.0}, 3: {"broken": 1.5, "a": 0.5}}
+    params: dict[str, Any] = {"draft": draft, "max_tokens": 16, "ignore_eos": True}
+    asked = {key: request(key, [4, 2], guides=weights[key], **params) for key in weights}
+    drawn: dict[int, list[int]] = {key: [] for key in asked}
+    for one in asked.values():  # the third one waits for a slot
+        engine.submit(one)
+    cut = dict.fromkeys(asked, 0)
+    for _ in range(50):
+        try:
+            events = engine.step()
+        except ConnectionError:
+            cut = {key: len(ids) for key, ids in drawn.items()}
+            for key, guide in ((1, "a"), (1, "broken"), (3, "broken"), (9, "a"), (2, "nobody")):
+                engine.give_up(key, guide)
+        else:
+            for event in events:
+                drawn[event.key].append(event.token_id)
+    assert not engine.busy
+    assert broken.released == [1, 3]
+    assert cut[1] >= 2
+    assert cut[3] == 0
+    left = {1: {}, 2: {"b": 1.0}, 3: {"a": 0.5}}
+    for key, one in asked.items():
+        before = tuple(drawn[key][: cut[key]])
+        rest = tokens_of(replace(one, guides=left[key], completed=before))
+        healthy = {name.replace("broken", "b"): w for name, w in weights[key].items()}
+        whole = tokens_of(replace(one, guides=healthy))
+        assert drawn[key] == [*before, *rest]
+        assert tuple(whole[: cut[key]]) == before
+        assert (whole == drawn[key]) is (key == 2)
+
+
+def tokens_of(one: Request) -> list[int]:
+    engine = new_engine(drafters={"a": CausalLM(GUIDE)})
+    engine.submit(one)
+    return [event.token_id for event in drain(engine)[one.key]]
+
+
+def test_laws_can_be_asked_for_beside_what_is_decoded() -> None:
+    engine = new_engine(num_slots=1)
+    engine.submit(request(1, [4, 2], guides={"a": 1.0}, ignore_eos=True))
+    tokens = [event.token_id for event in engine.step()]
+    weights = {"a": 0.5, "b": 0.0}
+    [law] = engine.law([context(-1, [3, 1, 4])], weights)
+    torch.testing.assert_close(law, guided_law([3, 1, 4], weights))
+    tokens += [event.token_id for event in drain(engine)[1]]
+    assert tokens == tokens_of(request(1, [4, 2], guides={"a": 1.0}, ignore_eos=True))
+
+
+def test_a_guide_can_be_removed_right_after_its_requests_were_cancelled() -> None:
+    engine = new_engine(drafters={"a": CausalLM(GUIDE)})
+    engine.submit(request(1, [4], guides={"a": 1.0}, draft=Drafting(guide="a")))
+    engine.submit(request(2, [4], guides={"b": 1.0}))
+    engine.step()
+    engine.cancel(1)
+    engine.remove_guide("a")
+    assert set(drain(engine)) == {2}
+    with pytest.raises(PromptError, match="no guide named 'a' is loaded; loaded: b"):
+        engine.check(request(3, [4], guides={"a": 1.0}))
+    with pytest.raises(PromptError, match="nothing named 'a' can draft here"):
+        engine.check(request(3, [4], draft=Drafting(guide="a")))
+
+
+def test_stats_count_steps_seconds_in_guides_and_columns_in_use() -> None:
+    engine = new_engine(num_slots=4)
+    engine.guides["slow"] = slow = Breaking(engine.guides["a"], num_steps=99, seconds=0.01)
+    for key in (1, 2):
+        engine.submit(request(key, [3] * 10, guides={"slow": 1.0, "b": 1.0}, ignore_eos=True))
+    engine.step()
+    assert engine.cache_share == pytest.approx(2 * 11 / (4 * 256))
+    drain(engine)
+    stats = engine.stats
+    assert stats.num_steps == 12
+    assert stats.guide_seconds["slow"] >= 12 * 2 * slow.seconds
+    assert stats.guide_seconds["b"] > 0
+    assert stats.seconds > sum(stats.guide_seconds.values())
+    assert engine.cache_share == 0
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_the_gate_is_outermost_and_off_unless_the_card_has_one(tmp_path: Path) -
     card, host = read_card(folder), new_host()
     guide = load_guide(folder, card, host)
     assert isinstance(guide, Gated)
-    assert isinstance(guide._guide, OwnTemplate)
+    assert isinstance(guide.guide, OwnTemplate)
     dense = load_guide(folder, card.model_copy(update={"gate": None}), host)
     assert isinstance(dense, OwnTemplate)
     plain = load_guide(folder, card.model_copy(update={"gate": None, "template": "base"}), host)

@@ -194,11 +194,21 @@ def test_experience_is_half_precision_and_survives_being_sent() -> None:
     torch.testing.assert_close(decisions(found).logprobs_ET, decisions(episodes).logprobs_ET)
 
 
-@pytest.mark.parametrize("setting", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"min_tokens": 2},
+        {"logit_bias": {3: 1.0}},
+    ],
+)
 def test_parameters_that_reshape_the_law_are_refused(setting: dict[str, Any]) -> None:
     base = CausalLM(BASE)
     engine = recording_engine(new_guide(base), base)
-    with pytest.raises(ConfigError, match="Set them to 1, 0 and 1"):
+    with pytest.raises(ConfigError, match="Leave temperature, top_k, top_p"):
         collect(engine, asks(1), SamplingParams(**setting), proxy="proxy")
 
 

@@ -1,5 +1,6 @@
 """Sampling: the law after temperature and truncation, and exact inversion of its CDF."""
 
+import re
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ CPU = torch.device("cpu")
 
 
 def law_of(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Temperature, top-k, top-p for one row, written from their definitions."""
+    """Temperature, min-p, top-k, top-p for one row, written from their definitions."""
     probs = (logprobs / params.temperature).softmax(-1)
+    if params.min_p:
+        probs = torch.tensor([p if p >= params.min_p * max(probs) else 0.0 for p in probs])
+        probs = probs.double() / probs.sum()
     if params.top_k:
         kept = set(probs.topk(min(params.top_k, len(probs))).indices.tolist())
         probs = torch.tensor([p if i in kept else 0.0 for i, p in enumerate(probs.tolist())])
@@ -38,6 +42,9 @@ MIXED = [
     SamplingParams(top_p=0.7),
     SamplingParams(temperature=1.7, top_k=7, top_p=0.5),
     SamplingParams(top_k=1000),
+    SamplingParams(min_p=0.2),
+    SamplingParams(temperature=1.5, min_p=0.3, top_k=6, top_p=0.8),
+    SamplingParams(min_p=1),
 ]
 
 
@@ -48,6 +55,12 @@ def test_rows_with_different_settings_share_a_batch() -> None:
     for row, params in enumerate(MIXED):
         expected = law_of(logprobs[row], params).double()
         torch.testing.assert_close(probs[row] / probs[row].sum(), expected)
+
+
+def test_min_p_goes_before_top_p_which_counts_what_is_left() -> None:
+    logprobs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    probs = SamplingBatch([SamplingParams(min_p=0.5, top_p=0.6)], CPU).probs(logprobs)
+    assert (probs[0] > 0).tolist() == [True, False, False]  # 0.5 / 0.8 is 0.6 and more
 
 
 def test_greedy_rows_take_the_mode_beside_sampled_rows() -> None:
@@ -87,8 +100,20 @@ def test_float32_sums_over_a_large_vocabulary_stay_exact() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("top_p", 0.0), ("top_k", -1), ("max_tokens", 0), ("seed", -1)],
+    [
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("min_p", float("nan")),
+        ("top_k", -1),
+        ("max_tokens", -1),
+        ("min_tokens", 257),
+        ("seed", -1),
+        ("top_logprobs", -1),
+        ("logit_bias", {3: 100.5}),
+        ("logit_bias", {3: float("nan")}),
+    ],
 )
 def test_bad_parameters_name_themselves(name: str, value: Any) -> None:
-    with pytest.raises(PromptError, match=f"{name} is {value}"):
+    with pytest.raises(PromptError, match=re.escape(f"{name} is {value}")):
         SamplingParams(**{name: value})

@@ -1,4 +1,4 @@
-"""`serve.base_model` and `serve.engine_thread`, without Ray."""
+"""`serve.replicas.base_model` and `serve.replicas.engine_thread`, without Ray."""
 
 import asyncio
 import threading
@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pilotfish import Pilot, SamplingParams
 from pilotfish.context import Prompt
 from pilotfish.decode.sequence import Request
 from pilotfish.errors import PromptError
-from serve.base_model import BaseModel
 from serve.catalog import make_catalog
 from serve.config import parse_args
 from serve.errors import EngineError, GuideUnavailableError
-from serve.guide_model import GuideModel
-from serve.remote_guide import RemoteLM
-from serve.wire import GenerateRequest, Token
-from tests.fakes import context
+from serve.replicas.base_model import BaseModel
+from serve.replicas.guide_model import GuideModel
+from serve.wire import GenerateRequest, GuideUse, OnFailure, Token
 from tests.folders import save_base, save_guide
 from tests.handles import LocalHandle, LocalResponse
 
 PROMPT = [40, 41, 42, 43]
+REMOTE = {"precision": "full", "timeout_s": 0.25, "cooldown_s": 0}
 
 
 class Parts:
@@ -39,7 +37,7 @@ class Parts:
                 "base": {"path": str(self.base), "num_slots": 4, "stall_s": 0.3},
                 "guides": [
                     {"name": "near", **settings},
-                    {"name": "far", **settings, "placement": "remote", "max_attempts": 3},
+                    {"name": "far", **settings, "placement": "remote", **REMOTE},
                 ],
             }
         )
@@ -48,12 +46,33 @@ class Parts:
         """Set where a replica would have ended its process."""
 
     def guide_model(self) -> GuideModel:
-        vocab_size = self.catalog.base.vocab_size
-        guide, entry = self.config.guides[1], self.catalog.guides[1]
-        return GuideModel(guide, entry, vocab_size=vocab_size, num_slots=4)
+        return GuideModel(self.config.guide("far"), self.catalog, num_slots=4)
 
     def base_model(self, far: Any) -> BaseModel:
         return BaseModel(self.config, self.catalog, {"far": far}, leave=self.left.set)
+
+    def request(
+        self,
+        *,
+        guides: dict[str, float] | None = None,
+        on_failure: OnFailure = "fail",
+        completed: list[int] | None = None,
+        **params: Any,
+    ) -> GenerateRequest:
+        versions = {guide.name: guide.current for guide in self.catalog.guides}
+        return GenerateRequest(
+            prompt_ids=PROMPT,
+            messages=None,
+            text=None,
+            params={"seed": 3, "max_tokens": 12, "ignore_eos": True, **params},
+            guides=[
+                GuideUse(versions[name], weight, {}, on_failure)
+                for name, weight in (guides or {}).items()
+            ],
+            draft=None,
+            completed=completed or [],
+            gave_up=[],
+        )
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +87,8 @@ def model(parts: Parts) -> Iterator[BaseModel]:
     model.close()
 
 
-def request(
-    *, guides: dict[str, float] | None = None, completed: list[int] | None = None, **params: Any
-) -> GenerateRequest:
-    return GenerateRequest(
-        prompt_ids=PROMPT,
-        messages=None,
-        params={"seed": 3, "max_tokens": 12, "ignore_eos": True, **params},
-        guides=guides or {},
-        completed=completed or [],
-    )
-
-
 async def drain(model: BaseModel, sent: GenerateRequest) -> list[Token]:
-    return [Token(*values) async for tokens in model.generate(sent) for values in tokens]
+    return [Token(*values) async for batch in model.generate(sent) for values in batch[0]]
 
 
 def ids(tokens: list[Token]) -> list[int]:
@@ -99,16 +106,16 @@ def test_concurrent_streams_are_what_an_engine_draws(parts: Parts, model: BaseMo
             drawn[event.key].append(event.token_id)
 
     async def run() -> list[list[Token]]:
-        sent = [request(seed=seed, guides={"near": 1.0}) for seed in range(6)]
+        sent = [parts.request(seed=seed, guides={"near": 1.0}) for seed in range(6)]
         return await asyncio.gather(*(drain(model, each) for each in sent))
 
     assert [ids(tokens) for tokens in asyncio.run(run())] == drawn
 
 
-def test_a_resumed_request_goes_on_where_it_was(model: BaseModel) -> None:
+def test_a_resumed_request_goes_on_where_it_was(parts: Parts, model: BaseModel) -> None:
     async def run() -> None:
-        whole = await drain(model, request(guides={"near": 0.7}))
-        resumed = await drain(model, request(guides={"near": 0.7}, completed=ids(whole)[:5]))
+        whole = await drain(model, parts.request(guides={"near": 0.7}))
+        resumed = await drain(model, parts.request(guides={"near": 0.7}, completed=ids(whole)[:5]))
         assert resumed[0].position == 5
         assert ids(resumed) == ids(whole)[5:]
         assert resumed[-1].finish_reason == "length"
@@ -118,42 +125,47 @@ def test_a_resumed_request_goes_on_where_it_was(model: BaseModel) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_remote_guide_gives_the_tokens_of_a_colocated_one(
-    model: BaseModel, temperature: float
+    parts: Parts, model: BaseModel, temperature: float
 ) -> None:
     async def run() -> None:
         for seed in range(3):
             sampling = {"temperature": temperature, "seed": seed, "max_tokens": 30}
-            near = await drain(model, request(guides={"near": 0.7}, **sampling))
-            far = await drain(model, request(guides={"far": 0.7}, **sampling))
-            assert far == near  # log-probs and KL too: nothing is rounded on the way
+            near = await drain(model, parts.request(guides={"near": 0.7}, **sampling))
+            far = await drain(model, parts.request(guides={"far": 0.7}, **sampling))
+            assert {token.moved_by for token in far} == {"far"}
+            # Log-probs and KL too: nothing is rounded on the way.
+            assert [token._replace(moved_by="near") for token in far] == near
 
     asyncio.run(run())
 
 
-def test_weight_zero_is_the_base_exactly(model: BaseModel) -> None:
+def test_weight_zero_is_the_base_exactly(parts: Parts, model: BaseModel) -> None:
     async def run() -> None:
-        assert await drain(model, request(guides={"far": 0.0})) == await drain(model, request())
+        off = await drain(model, parts.request(guides={"far": 0.0}))
+        assert off == await drain(model, parts.request())
 
     asyncio.run(run())
 
 
-def test_a_request_that_can_never_be_decoded_raises_for_its_own_stream(model: BaseModel) -> None:
+def test_a_request_that_can_never_be_decoded_raises_for_its_own_stream(
+    parts: Parts, model: BaseModel
+) -> None:
     async def run() -> None:
         with pytest.raises(PromptError, match="more than the"):
-            await drain(model, request(max_tokens=5000))
-        assert len(await drain(model, request())) == 12
+            await drain(model, parts.request(max_tokens=5000))
+        assert len(await drain(model, parts.request())) == 12
 
     asyncio.run(run())
 
 
-def test_a_closed_stream_frees_its_slot(model: BaseModel) -> None:
+def test_a_closed_stream_frees_its_slot(parts: Parts, model: BaseModel) -> None:
     async def run() -> None:
-        stream = model.generate(request(max_tokens=900))
+        stream = model.generate(parts.request(max_tokens=900))
         await anext(stream)
         assert (await model.stats())["num_open"] == 1
         await stream.aclose()
-        await _until(lambda: model._thread.num_open == 0)
-        assert model._engine.num_running == 0
+        await _until(lambda: model._decoding.thread.num_open == 0)
+        assert model._decoding.engine.num_running == 0
 
     asyncio.run(run())
 
@@ -165,21 +177,21 @@ async def _until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
 
 
 def test_an_exception_in_the_engine_reaches_every_stream_and_the_health_check(
-    model: BaseModel, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, model: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode() -> None:
         raise ValueError("out of order")
 
     async def run() -> None:
         await model.check_health()
-        monkeypatch.setattr(model._engine, "step", explode)
-        streams = [drain(model, request(seed=seed)) for seed in range(3)]
+        monkeypatch.setattr(model._decoding.engine, "step", explode)
+        streams = [drain(model, parts.request(seed=seed)) for seed in range(3)]
         results = await asyncio.gather(*streams, return_exceptions=True)
         assert [type(result) for result in results] == [EngineError] * 3
         with pytest.raises(EngineError, match="out of order"):
             await model.check_health()
         with pytest.raises(EngineError, match="out of order"):
-            await drain(model, request())
+            await drain(model, parts.request())
 
     asyncio.run(run())
 
@@ -192,9 +204,9 @@ def test_a_replica_whose_engine_died_leaves(
 
     async def run() -> None:
         parts.left.clear()
-        monkeypatch.setattr(model._engine, "step", explode)
+        monkeypatch.setattr(model._decoding.engine, "step", explode)
         with pytest.raises(EngineError):
-            await drain(model, request())
+            await drain(model, parts.request())
         assert not parts.left.is_set()  # what it was decoding hears of it first
         await _until(parts.left.is_set)
 
@@ -202,17 +214,17 @@ def test_a_replica_whose_engine_died_leaves(
 
 
 def test_a_step_that_hangs_makes_the_replica_unhealthy(
-    model: BaseModel, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, model: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = model._engine.step
+    step = model._decoding.engine.step
 
     def slow() -> Any:
         time.sleep(1.0)
         return step()
 
     async def run() -> None:
-        monkeypatch.setattr(model._engine, "step", slow)
-        answer = asyncio.create_task(drain(model, request(max_tokens=1)))
+        monkeypatch.setattr(model._decoding.engine, "step", slow)
+        answer = asyncio.create_task(drain(model, parts.request(max_tokens=1)))
         await asyncio.sleep(0.6)
         with pytest.raises(EngineError, match=r"longer than 0\.3 s"):
             await model.check_health()
@@ -240,29 +252,22 @@ class Flaky:
         raise TimeoutError("no answer")
 
 
-def test_a_call_whose_replica_died_is_sent_again(parts: Parts) -> None:
-    guide = parts.guide_model()
-    settings, vocab_size = parts.config.guides[1], parts.catalog.base.vocab_size
-    contexts = [context(0, PROMPT), context(1, PROMPT[:2])]
-
-    def ask(num_failures: int) -> torch.Tensor:
-        handle = Flaky(guide, num_failures).handle
-        device = torch.device("cpu")
-        return RemoteLM(handle, settings, vocab_size=vocab_size, device=device).begin(contexts)()
-
-    torch.testing.assert_close(ask(2), ask(0), rtol=0, atol=0)
-
-
 def test_a_guide_that_is_gone_fails_only_the_requests_that_want_it(parts: Parts) -> None:
     model = parts.base_model(Flaky(parts.guide_model(), float("inf")).handle)
 
     async def run() -> None:
-        guided = asyncio.create_task(drain(model, request(guides={"far": 1.0})))
-        plain = await drain(model, request(max_tokens=40))
+        guided = asyncio.create_task(drain(model, parts.request(guides={"far": 1.0})))
+        plain = await drain(model, parts.request(max_tokens=40))
         assert len(plain) == 40
-        with pytest.raises(GuideUnavailableError, match="guide 'far' does not answer"):
+        with pytest.raises(GuideUnavailableError, match=r"guide 'far@.*' does not answer"):
             await guided
         await model.check_health()
+
+        sent = parts.request(guides={"far": 1.0}, on_failure="base")
+        batches = [batch async for batch in model.generate(sent)]
+        unguided = [Token(*values) for batch in batches for values in batch[0]]
+        assert ids(unguided) == ids(await drain(model, parts.request()))
+        assert [name for batch in batches for name in batch[1]] == ["far"]
 
     asyncio.run(run())
     model.close()

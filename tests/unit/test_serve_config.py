@@ -10,18 +10,20 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 from pilotfish.errors import CheckpointError, ConfigError, VocabMismatchError
+from pilotfish.guides.base import Stage
 from serve.app import build
 from serve.artifacts import folder_version, pin
 from serve.catalog import make_catalog
+from serve.choosing import GuideAsk, choose
 from serve.config import ServeConfig, parse_args
 from serve.errors import APIError
+from serve.wire import GuideUse
 from tests.folders import (
     byte_tokenizer,
     save_aligner,
     save_base,
     save_guide,
     save_proxy,
-    save_reward_guide,
 )
 
 CONFIGS = Path(__file__).resolve().parents[2] / "serve" / "configs"
@@ -72,6 +74,13 @@ def test_an_unknown_key_names_the_nearest_valid_one() -> None:
             },
             "fewer than the base's 8 rows",
         ),
+        (
+            {
+                "base": {"path": "b"},
+                "ingress": {"api_keys_file": "keys", "api_keys_env": "KEYS"},
+            },
+            "api_keys_file and api_keys_env are both set",
+        ),
     ],
 )
 def test_contradictions_are_refused(args: dict, message: str) -> None:
@@ -97,8 +106,8 @@ def _config(base: Path, guide: Path, **guide_settings: object) -> ServeConfig:
 def test_a_guide_has_the_weight_of_its_card_unless_the_config_says_otherwise(
     base: Path, guide: Path
 ) -> None:
-    assert make_catalog(_config(base, guide), created=0).guides[0].weight == 0.5
-    assert make_catalog(_config(base, guide, weight=2.0), created=0).guides[0].weight == 2.0
+    assert make_catalog(_config(base, guide), created=0).guides[0].current.weight == 0.5
+    assert make_catalog(_config(base, guide, weight=2.0), created=0).guides[0].current.weight == 2.0
 
 
 def test_a_missing_folder_is_an_error_before_anything_starts(base: Path, tmp_path: Path) -> None:
@@ -114,13 +123,12 @@ def test_a_guide_of_another_vocabulary_is_an_error_before_anything_starts(
         make_catalog(_config(base, other), created=0)
 
 
-def test_a_guide_that_acts_on_whole_answers_is_not_served(base: Path, tmp_path: Path) -> None:
+def test_a_guide_that_rewrites_answers_has_replicas_of_its_own(base: Path, tmp_path: Path) -> None:
     aligner = save_aligner(tmp_path / "aligner")
-    best = save_reward_guide(tmp_path / "best", kind="best_of_n")
-    with pytest.raises(CheckpointError, match="kind 'aligner', which acts on whole answers"):
+    with pytest.raises(CheckpointError, match=r"'aligner', which rewrites whole .* remote"):
         make_catalog(_config(base, aligner), created=0)
-    with pytest.raises(CheckpointError, match="'helpful' is of kind 'best_of_n'"):
-        make_catalog(_config(base, best), created=0)
+    (entry,) = make_catalog(_config(base, aligner, placement="remote"), created=0).guides
+    assert entry.current.stage is Stage.REVISION
 
 
 def test_the_version_of_a_folder_follows_its_weights(tmp_path: Path) -> None:
@@ -153,10 +161,15 @@ def test_an_unknown_alias_is_an_error_that_names_the_server(tmp_path: Path) -> N
 def test_the_body_goes_before_the_suffix_of_the_model(base: Path, guide: Path) -> None:
     catalog = make_catalog(_config(base, guide), created=0)
     (helpful,) = catalog.guides
-    assert catalog.choose("base", None) == []
-    assert catalog.choose("base:helpful", None) == [(helpful, 0.5)]
-    assert catalog.choose("base:helpful", [("helpful", 2.0)]) == [(helpful, 2.0)]
-    assert catalog.choose("base:helpful", []) == []
+
+    def chosen(model: str, asked: list[GuideAsk] | None) -> list[GuideUse]:
+        return list(choose(catalog, model, asked, request_id="r").uses)
+
+    strong = [GuideAsk(name="helpful", weight=2.0)]
+    assert chosen("base", None) == []
+    assert chosen("base:helpful", None) == [GuideUse(helpful.current, 0.5)]
+    assert chosen("base:helpful", strong) == [GuideUse(helpful.current, 2.0)]
+    assert chosen("base:helpful", []) == []
 
 
 def test_a_guide_that_is_on_or_off_has_no_other_weight(tmp_path: Path) -> None:
@@ -168,21 +181,26 @@ def test_a_guide_that_is_on_or_off_has_no_other_weight(tmp_path: Path) -> None:
         }
     )
     catalog = make_catalog(config, created=1)
-    assert [weight for _, weight in catalog.choose("base:proxy", None)] == [1.0]
-    with pytest.raises(APIError, match=r"on or off: its weight is 0\.5") as caught:
-        catalog.choose("base", [("proxy", 0.5)])
+    assert choose(catalog, "base:proxy", None, request_id="r").tilts[0].weight == 1.0
+    half = [GuideAsk(name="proxy", weight=0.5)]
+    with pytest.raises(APIError, match=r"on or off and has no strength: .* 0\.5") as caught:
+        choose(catalog, "base", half, request_id="r")
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize(
     ("model", "asked", "param"),
-    [("other", None, "model"), ("base:other", None, "model"), ("base", [("other", 1.0)], "guides")],
+    [
+        ("other", None, "model"),
+        ("base:other", None, "model"),
+        ("base", [GuideAsk(name="other")], "guides"),
+    ],
 )
 def test_what_is_not_served_is_not_found(
     base: Path, guide: Path, model: str, asked: list | None, param: str
 ) -> None:
     with pytest.raises(APIError, match="served: ") as caught:
-        make_catalog(_config(base, guide), created=0).choose(model, asked)
+        choose(make_catalog(_config(base, guide), created=0), model, asked, request_id="r")
     assert (caught.value.status, caught.value.param) == (404, param)
 
 
@@ -198,8 +216,8 @@ def test_build_makes_a_deployment_per_remote_guide(base: Path, guide: Path) -> N
     settings = {"path": str(guide), "placement": "remote"}
     guides = [{"name": "far", **settings}, {"name": "near", "path": str(guide)}]
     application = build({"base": {"path": str(base)}, "guides": guides})
-    names = [node.name for node in _deployments(application)]
-    assert sorted(names) == ["BaseModel", "Guide:far", "Pipeline"]
+    names = {node.name for node in _deployments(application)}
+    assert names == {"BaseModel", "Guide:far", "Guides", "Pipeline"}
 
 
 def _deployments(application: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""`serve.journal`: no token lost or repeated, whatever a replica does."""
+"""`serve.api.journal`: no token lost or repeated, whatever a replica does."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -8,16 +8,18 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pilotfish.errors import PromptError
+from serve.api.journal import Journal, Patience, ask, follow
+from serve.artifacts import Artifact
+from serve.catalog import GuideVersion
 from serve.errors import EngineError
-from serve.journal import Journal, Patience, follow
 from serve.retries import StreamBrokenError, is_retryable
-from serve.wire import GenerateRequest
+from serve.wire import GenerateRequest, GuideUse
 
 PATIENCE = Patience(first_token_s=5, token_s=5, max_attempts=3)
 TEXT = list(range(100, 110))
 """The token ids that every healthy replica draws."""
 
-Script = Callable[[GenerateRequest], AsyncIterator[list[tuple[Any, ...]]]]
+Script = Callable[[GenerateRequest], AsyncIterator[tuple[Any, ...]]]
 
 
 class Replicas:
@@ -35,11 +37,11 @@ class Replicas:
 
 
 class _Call:
-    def __init__(self, tokens: AsyncIterator[list[tuple[Any, ...]]], replicas: Replicas) -> None:
+    def __init__(self, tokens: AsyncIterator[tuple[Any, ...]], replicas: Replicas) -> None:
         self._tokens = tokens
         self._replicas = replicas
 
-    async def __anext__(self) -> list[tuple[Any, ...]]:
+    async def __anext__(self) -> tuple[Any, ...]:
         return await anext(self._tokens)
 
     def cancel(self) -> None:
@@ -51,35 +53,36 @@ def token(position: int) -> tuple[Any, ...]:
     return (position, TEXT[position], -1.0, -1.5, 0.25, finish)
 
 
-async def healthy(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+async def healthy(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
     for position in range(len(request["completed"]), len(TEXT)):
-        yield [token(position)]
+        yield ([token(position)],)
 
 
 def dying(after: int, error: Exception | None = None) -> Script:
-    async def script(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+    async def script(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
         start = len(request["completed"])
         for position in range(start, start + after):
-            yield [token(position)]
+            yield ([token(position)],)
         if error is not None:
             raise error
 
     return script
 
 
-async def skipping(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
+async def skipping(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
     start = len(request["completed"])
-    yield [token(start), token(start + 2)]
+    yield ([token(start), token(start + 2)],)
 
 
-async def stuck(request: GenerateRequest) -> AsyncIterator[list[tuple[Any, ...]]]:
-    yield [token(len(request["completed"]))]
+async def stuck(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+    yield ([token(len(request["completed"]))],)
     await asyncio.sleep(3600)
 
 
 def journal() -> Journal:
+    guide = GuideVersion("g", "1", Artifact("/g"), "genarm", 1.0)
     return Journal(
-        request_id="r", prompt_ids=[1, 2], messages=None, params={"seed": 7}, guides={"g": 1.0}
+        request_id="r", prompt_ids=[1, 2], params={"seed": 7}, guides=[GuideUse(guide, 1.0)]
     )
 
 
@@ -154,10 +157,73 @@ def test_leaving_the_stream_cancels_the_call() -> None:
     assert replicas.num_cancelled == 1
 
 
-def test_the_mean_kl_counts_every_token_once() -> None:
+def test_a_guide_that_was_given_up_stays_given_up_elsewhere() -> None:
+    async def gives_up(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([token(0), token(1)], [])
+        yield ([token(2)], ["g"])
+        raise ActorDiedError
+
+    replicas, entry = Replicas(gives_up, healthy), journal()
+    assert collect(replicas, entry) == TEXT
+    assert replicas.requests[1]["gave_up"] == ["g"]
+    assert entry.gave_up == {"g": 3}
+
+
+PROMPT = list(range(6))
+
+
+def readings(*positions: int) -> list[tuple[Any, ...]]:
+    return [(at, PROMPT[at], -1.0, -1.0, 0.0, None) for at in positions]
+
+
+def test_a_prompt_that_was_half_read_is_read_on_elsewhere() -> None:
+    async def dies_reading(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(1, 2))
+        raise ActorDiedError
+
+    async def dies_having_read(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(3, 4, 5))
+        yield ([token(0)],)
+        raise ActorDiedError
+
     entry = journal()
-    collect(Replicas(dying(4, ActorDiedError()), healthy), entry)
-    assert entry.mean_kl == pytest.approx(0.25)
+    entry.read_from = 0
+    replicas = Replicas(dies_reading, dies_having_read, healthy)
+    assert collect(replicas, entry) == TEXT
+    assert [reading.token_id for reading in entry.readings] == PROMPT[1:]
+    starts = [request.get("read_from") for request in replicas.requests]
+    assert starts == [1, 3, 6]
+
+
+def test_readings_that_skip_a_position_are_read_again() -> None:
+    async def skips(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(1, 3))
+
+    async def reads(_: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+        yield ([], [], readings(1, 2, 3, 4, 5), True)
+
+    entry = journal()
+    entry.read_from = 0
+    assert collect(Replicas(skips, reads), entry) == []
+    assert [reading.position for reading in entry.readings] == [1, 2, 3, 4, 5]
+    assert entry.finish_reason == "length"
+
+
+def test_a_call_is_made_again_until_it_is_answered() -> None:
+    errors = [ActorDiedError(), TimeoutError(), None]
+
+    async def call() -> str:
+        if (error := errors.pop(0)) is not None:
+            raise error
+        return "answer"
+
+    assert asyncio.run(ask(call, PATIENCE)) == "answer"
+    errors[:] = [ActorDiedError()] * 3
+    with pytest.raises(ActorDiedError):
+        asyncio.run(ask(call, PATIENCE))
+    errors[:] = [PromptError("too long"), None]
+    with pytest.raises(PromptError):
+        asyncio.run(ask(call, PATIENCE))
 
 
 def test_errors_of_user_code_behind_ray_are_told_apart_by_their_cause() -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from pilotfish.context import Context
+from pilotfish.decode.bias import Bias
 from pilotfish.decode.running import Running
 from pilotfish.decode.sampling import SamplingBatch
 from pilotfish.decode.tape import Tape
-from pilotfish.decode.tilting import Tilt
+from pilotfish.decode.telemetry import Tops
+from pilotfish.decode.tilting import make_tilts
 from pilotfish.noise import Purpose
 
 
@@ -30,17 +32,12 @@ class Batch:
         self.offsets = [offset for k in num_drafts for offset in range(k + 1)]
         """How many drafted tokens stand before each row."""
         self.device = device
-        self.sampling = SamplingBatch(
-            [running[place].request.params for place in self.owners], device
-        )
-        turns: dict[tuple[int, str], list[tuple[int, float]]] = {}
-        for row, owner in enumerate(self.owners):
-            for place, (name, weight) in enumerate(running[owner].guides):
-                turns.setdefault((place, name), []).append((row, weight))
-        self.tilts = [
-            Tilt(name, entries, len(self.owners)).to(device)
-            for (_, name), entries in sorted(turns.items(), key=lambda turn: turn[0][0])
-        ]
+        rows = [running[place] for place in self.owners]
+        params = [one.request.params for one in rows]
+        self.bias = Bias(rows, device)
+        self.sampling = SamplingBatch(params, device)
+        self.tops = Tops([one.top_logprobs for one in params], device)
+        self.tilts = make_tilts([one.guides for one in rows], device)
         self.live = [sequence.context for sequence in running]
 
     def positions(self) -> list[int]:

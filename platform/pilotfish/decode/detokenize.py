@@ -16,7 +16,18 @@ class TextStream:
     Text that may be the beginning of a stop string is held back until that is decided.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        keep_stop: bool = False,
+    ) -> None:
+        """A stop string that ends with one of the first `min_tokens` tokens is plain text.
+
+        The one that ends the text is left out of it, unless `keep_stop`.
+        """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
@@ -26,20 +37,27 @@ class TextStream:
         self._backend = backend
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
+        self._keep_stop = keep_stop
         self._held = ""
+        self._num_tokens = 0
+        self.min_tokens = min_tokens
+        """May change as long as fewer tokens were pushed."""
         self.text = ""
-        """All text released so far; after `stopped` it ends where the stop string began."""
+        """All text released so far; after `stopped` it ends where the stop string began, or behind
+        it."""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Add one token and return the text it releases, which may be empty."""
         if self.stopped:
             return ""
+        known = len(self._held)
         self._held += self._decoder.step(self._backend, token_id) or ""
-        starts = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if starts:
+        self._num_tokens += 1
+        if self._num_tokens > self.min_tokens and (found := self._stops(known)):
             self.stopped = True
-            return self._release(min(starts))
+            start, end = min(found)
+            return self._release(end if self._keep_stop else start)
         return self._release(len(self._held) - self._undecided())
 
     def fork(self) -> "TextStream":
@@ -51,6 +69,13 @@ class TextStream:
     def flush(self) -> str:
         """Release what was held back; call once no more tokens come."""
         return "" if self.stopped else self._release(len(self._held))
+
+    def _stops(self, known: int) -> list[tuple[int, int]]:
+        """Where stop strings begin and end in the held text, behind what is `known` of it."""
+        found = [
+            (self._held.find(stop, max(0, known + 1 - len(stop))), len(stop)) for stop in self._stop
+        ]
+        return [(at, at + size) for at, size in found if at >= 0]
 
     def _undecided(self) -> int:
         """Length of the longest tail that a stop string begins with."""

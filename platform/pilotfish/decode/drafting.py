@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pilotfish.context import Context
 from pilotfish.decode.batch import Batch
+from pilotfish.decode.bias import Bias
 from pilotfish.decode.coupling import couple
 from pilotfish.decode.sampling import SamplingBatch
 from pilotfish.decode.tape import Tape
@@ -27,19 +28,24 @@ class _Turn:
     """Rows for which one drafter speaks: its powers and their sampling parameters."""
 
     def __init__(self, batch: Batch, rows: Sequence[int]) -> None:
+        self.rows = rows
         running = [batch.running[batch.owners[row]] for row in rows]
         self.sampling = SamplingBatch([one.request.params for one in running], batch.device)
+        self._bias = Bias(running, batch.device)
         powers = [one.draft_power for one in running]
         self._powers_R1 = torch.tensor(powers, device=batch.device, dtype=torch.float64)[:, None]
 
-    def law(self, logprobs_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the drafter's law as it would be drawn from [R, V], and its log before that."""
-        powered_RV = (logprobs_RV * self._powers_R1.to(logprobs_RV.dtype)).log_softmax(-1)
-        return self.sampling.probs(powered_RV), powered_RV
+    def draw(
+        self, logprobs_RV: Tensor, positions: Sequence[int], uniforms_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the drafter's tokens [R] and the law [R, V] that they are of.
 
-    def draw(self, logprobs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-        probs_RV, powered_RV = self.law(logprobs_RV)
-        return self.sampling.settle(invert_cdf(probs_RV, uniforms_R), powered_RV)
+        `positions` are those of all rows of the batch.
+        """
+        powered_RV = (logprobs_RV * self._powers_R1.to(logprobs_RV.dtype)).log_softmax(-1)
+        powered_RV = self._bias.add(powered_RV, [positions[row] for row in self.rows])
+        law_RV = self.sampling.probs(powered_RV)
+        return self.sampling.settle(invert_cdf(law_RV, uniforms_R), powered_RV), law_RV
 
 
 class _Group:
@@ -51,12 +57,12 @@ class _Group:
         self.rows_R = torch.tensor(self.rows, device=batch.device)
         self.turn = _Turn(batch, self.rows)
         first_row = {place: batch.owners.index(place) for place in places}
-        self.rounds: list[tuple[list[int], list[int], _Turn]] = []
-        """Sequences that still draft, their rows, and their turn: token by token."""
+        self.rounds: list[tuple[list[int], _Turn]] = []
+        """Sequences that still draft, and their turn: token by token."""
         for depth in range(max(batch.num_drafts[place] for place in places)):
             speaking = [place for place in places if batch.num_drafts[place] > depth]
             rows = [first_row[place] + depth for place in speaking]
-            self.rounds.append((speaking, rows, _Turn(batch, rows)))
+            self.rounds.append((speaking, _Turn(batch, rows)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +103,9 @@ class Drafting:
             said.chains.update(self._speak(lm, group, positions, tape))
             contexts = [context for place in group.places for context in said.chains[place]]
             law = lm.forward(contexts, remember=True)
-            law_RV, powered_RV = group.turn.law(law.logprobs_RV)
-            said.laws.append(law_RV)
             numbers_R = self._batch.numbers(tape, group.rows, positions, Purpose.DRAFT)
-            late_R = group.turn.sampling.settle(invert_cdf(law_RV, numbers_R), powered_RV)
+            late_R, law_RV = group.turn.draw(law.logprobs_RV, positions, numbers_R)
+            said.laws.append(law_RV)
             # What was said stays said: a second look at the same law may differ in the last bit.
             late, row = late_R.tolist(), 0
             for place in group.places:
@@ -115,11 +120,11 @@ class Drafting:
         """Draw the drafts of a group, one more token of all its sequences at a time."""
         batch = self._batch
         chains = {place: [batch.live[place]] for place in group.places}
-        for speaking, rows, turn in group.rounds:
+        for speaking, turn in group.rounds:
             law = lm.forward([chains[place][-1] for place in speaking], remember=True)
-            numbers_R = batch.numbers(tape, rows, positions, Purpose.DRAFT)
-            tokens = turn.draw(law.logprobs_RV, numbers_R).tolist()
-            for place, token in zip(speaking, tokens, strict=True):
+            numbers_R = batch.numbers(tape, turn.rows, positions, Purpose.DRAFT)
+            tokens_R, _ = turn.draw(law.logprobs_RV, positions, numbers_R)
+            for place, token in zip(speaking, tokens_R.tolist(), strict=True):
                 chain = chains[place]
                 chain.append(replace(chain[0], token_ids=[*chain[-1].token_ids, token]))
         return chains

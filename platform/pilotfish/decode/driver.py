@@ -57,6 +57,7 @@ class Growing:
             moved_by=[event.moved_by for event in self.events],
             drafted=[event.drafted for event in self.events],
             notes=[event.notes for event in self.events],
+            top=[event.top for event in self.events],
         )
 
 
@@ -113,6 +114,7 @@ class Driver:
             growing = Growing(request, TextStream(self._tokenizer, request.params.stop))
         else:
             growing = Growing(request, behind.text.fork(), behind.events.copy())
+        growing.text.min_tokens = request.params.min_tokens
         growing.on_end = on_end
         self.engine.submit(request)
         self._open[request.key] = growing

@@ -3,6 +3,7 @@
 from pilotfish.context import Context
 from pilotfish.decode.detokenize import TextStream
 from pilotfish.decode.sequence import FinishReason, Request
+from pilotfish.models.rows import prefix
 from pilotfish.noise import request_key
 
 _PRIOR, _MEMORY = 0.7, 0.1
@@ -31,10 +32,13 @@ class Running:
         """Guides in order of tilting. Weight 0 is no guide, so that it is the base exactly."""
         self.accepted = _PRIOR
         """How often a drafted token is kept, lately."""
+        self.unread = _to_read(request)
+        """Positions of the prompt that are still to be read."""
         params = request.params
-        self._end_ids = frozenset(params.stop_token_ids) | (
+        self.end_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else end_ids
         )
+        """Ids that end the completion."""
         self._text = text
         for token_id in request.completed:
             self._push(token_id)
@@ -52,7 +56,17 @@ class Running:
         """
         draft = self.request.draft
         assert draft is not None
-        return 1 + max(0.0, self.request.guides.get(draft.guide or "", 0.0))
+        return 1 + max(0.0, dict(self.guides).get(draft.guide or "", 0.0))
+
+    @property
+    def reads(self) -> bool:
+        """Whether it has to read, or to say that there is nothing to read, before all else."""
+        return bool(self.unread) or self.request.params.max_tokens == 0
+
+    @property
+    def start(self) -> Context:
+        """What should be cached before its next turn: all of it, or what it reads behind."""
+        return prefix(self.context, self.unread.start) if self.reads else self.context
 
     @property
     def num_left(self) -> int:
@@ -63,11 +77,15 @@ class Running:
         """Remember whether a drafted token was kept."""
         self.accepted += _MEMORY * (accepted - self.accepted)
 
+    def give_up(self, guide: str) -> None:
+        """Go on as if the guide had weight 0."""
+        self.guides = tuple((name, w) for name, w in self.guides if name != guide)
+
     def append(self, token_id: int) -> FinishReason | None:
         """Take one token and say whether the completion ends with it."""
         self.context.token_ids.append(token_id)
         self._push(token_id)
-        if token_id in self._end_ids or (self._text is not None and self._text.stopped):
+        if token_id in self.end_ids or (self._text is not None and self._text.stopped):
             return FinishReason.STOP
         if self.num_completed >= self.request.params.max_tokens:
             return FinishReason.LENGTH
@@ -76,3 +94,9 @@ class Running:
     def _push(self, token_id: int) -> None:
         if self._text is not None:
             self._text.push(token_id)
+
+
+def _to_read(request: Request) -> range:
+    if request.read_from is None:
+        return range(0)
+    return range(max(1, request.read_from), len(request.prompt.token_ids))

@@ -26,6 +26,9 @@ class SamplingBatch:
         self._temperature_R1 = torch.tensor(temperatures, device=device, dtype=torch.float64)[
             :, None
         ]
+        self._any_min_p = any(p.min_p > 0 for p in params)
+        min_ps = torch.tensor([p.min_p for p in params], device=device, dtype=torch.float64)
+        self._log_min_p_R1 = min_ps.log()[:, None]
         self._max_top_k = max(p.top_k for p in params)
         self._top_k_R = torch.tensor([p.top_k for p in params], device=device)
         self._any_top_p = any(p.top_p < 1 for p in params)
@@ -34,14 +37,19 @@ class SamplingBatch:
         )[:, None]
 
     def probs(self, logprobs_RV: Tensor) -> Tensor:
-        """Return the law that is drawn from [R, V]: temperature, then top-k, then top-p."""
-        if self._plain and not self._max_top_k and not self._any_top_p:
+        """Return the law that is drawn from [R, V], up to a factor per row.
+
+        Temperature, then min-p, then top-k, then top-p.
+        """
+        if self._plain and not (self._any_min_p or self._max_top_k or self._any_top_p):
             return logprobs_RV.exp()
         scaled_RV = (
             logprobs_RV
             if self._plain
             else (logprobs_RV / self._temperature_R1.to(logprobs_RV.dtype))
         )
+        if self._any_min_p:
+            scaled_RV = self._keep_min_p(scaled_RV)
         if self._max_top_k:
             scaled_RV = self._keep_top_k(scaled_RV)
         probs_RV = scaled_RV.softmax(-1)
@@ -58,6 +66,11 @@ class SamplingBatch:
         if not self._any_greedy:
             return tokens_R
         return torch.where(self._greedy_R, logprobs_RV.argmax(-1), tokens_R)
+
+    def _keep_min_p(self, logprobs_RV: Tensor) -> Tensor:
+        highest_R1 = logprobs_RV.amax(-1, keepdim=True)
+        floor_R1 = highest_R1 + self._log_min_p_R1.to(logprobs_RV.dtype)
+        return logprobs_RV.masked_fill(logprobs_RV < floor_R1, -torch.inf)
 
     def _keep_top_k(self, logprobs_RV: Tensor) -> Tensor:
         num_kept = min(self._max_top_k, logprobs_RV.shape[-1])

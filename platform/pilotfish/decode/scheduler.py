@@ -1,4 +1,4 @@
-"""Which requests decode now: admission, chunked prefill, and preemption when slots run out.
+"""Which requests have a turn now: admission, chunked prefill, preemption when slots run out.
 
 A request that loses its slot keeps its tokens and waits; when it is back its text goes on as if
 nothing had happened, since caches are found by prefix and draws are counted.
@@ -14,10 +14,11 @@ _HEADROOM = 64  # columns a row may still grow before it is asked again whether 
 
 
 class Scheduler:
-    """The requests of an engine: waiting, filling their caches, and running."""
+    """The requests of an engine: waiting, filling their caches, reading prompts, and running."""
 
     def __init__(self, base: CausalLM, *, prefill_budget: int) -> None:
         self.running: list[Running] = []
+        self.reading: list[Running] = []
         self.num_preempted = 0
         self._base = base
         self._prefill_budget = prefill_budget
@@ -27,11 +28,16 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self.running) + len(self._filling)
+        return len(self.running) + len(self.reading) + len(self._filling)
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_columns(self) -> int:
+        """Tokens of the requests that have a slot."""
+        return sum(len(one.context.token_ids) for one in self._in_slots())
 
     def submit(self, request: Running) -> None:
         insort(self._waiting, request, key=_rank)
@@ -49,10 +55,23 @@ class Scheduler:
             self.running[place] = last
         return gone
 
+    def end_reading(self, one: Running) -> bool:
+        """Let a request whose prompt was read decode; return whether it has anything to decode."""
+        self.reading.remove(one)
+        if one.reads:
+            return False
+        self._filling.append(one)
+        return True
+
+    def find(self, key: int) -> Running | None:
+        """Return a request, wherever it is."""
+        everywhere = (*self._in_slots(), *self._waiting)
+        return next((one for one in everywhere if one.request.key == key), None)
+
     def drop(self, keys: set[int]) -> list[Running]:
         """Take out requests wherever they are, and return them."""
         dropped = []
-        for queue in (self._waiting, self._filling):
+        for queue in (self._waiting, self._filling, self.reading):
             for one in [one for one in queue if one.request.key in keys]:
                 queue.remove(one)
                 dropped.append(one)
@@ -86,19 +105,27 @@ class Scheduler:
         budget, changed = self._prefill_budget, False
         while self._filling and budget > 0:
             one = self._filling[0]
-            length = len(one.context.token_ids)
+            start = one.start
+            length = len(start.token_ids)
             if length > self._prefill_budget:
-                budget -= self._base.prefill(one.context, budget)
+                budget -= self._base.prefill(start, budget)
                 if budget <= 0:
                     break
             else:  # fed with its neighbours, by the next forward of all rows
                 budget -= length
-            self.running.append(self._filling.popleft())
-            changed = True
+            self._filling.popleft()
+            if one.reads:
+                self.reading.append(one)
+            else:
+                self.running.append(one)
+                changed = True
         return changed
 
     def _fits(self, one: Running) -> bool:
-        return self.num_running < self._room([*self.running, *self._filling, one])
+        return self.num_running < self._room([*self._in_slots(), one])
+
+    def _in_slots(self) -> list[Running]:
+        return [*self.running, *self.reading, *self._filling]
 
     def _room(self, rows: list[Running]) -> int:
         longest = max(len(one.context.token_ids) for one in rows)

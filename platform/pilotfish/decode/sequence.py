@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from pilotfish.context import Prompt
 from pilotfish.errors import PromptError
@@ -17,30 +18,54 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to draw tokens from the guided law: temperature, then top-k, then top-p.
+    """How to draw tokens from the guided law: bias, temperature, min-p, top-k, then top-p.
 
-    `temperature=0` is greedy. `top_k=0` and `top_p=1` switch truncation off. Without a `seed` each
-    request draws its own. Two requests with the same prompt, seed and settings sample the same
-    path, whatever else is in the batch.
+    `temperature=0` is greedy. `top_k=0`, `top_p=1` and `min_p=0` switch truncation off. Without a
+    `seed` each request draws its own. Two requests with the same prompt, seed and settings sample
+    the same path, whatever else is in the batch. The order is vLLM's.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Keep tokens that are at least so many times as probable as the likeliest one."""
     max_tokens: int = 256
+    min_tokens: int = 0
+    """None of the first so many tokens ends the completion: ids that end it are not drawn, and stop
+    strings are text like any other. Where guides allow nothing but such an id, the base decides."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """By token id: what is added to its guided log-prob before anything else."""
+    top_logprobs: int = 0
+    """So many of the likeliest tokens are reported with each token, under the guided law as it is
+    before bias and temperature."""
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether tokens are drawn from anything but the guided law itself."""
+        return (
+            (self.temperature, self.top_k, self.top_p, self.min_p) != (1, 0, 1, 0)
+            or self.min_tokens > 0
+            or bool(self.logit_bias)
+        )
 
     def __post_init__(self) -> None:
+        biases = self.logit_bias.values()
         rules = (
             ("temperature", self.temperature >= 0, "a number >= 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, "an integer >= 0 (0 is off)"),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1] (1 is off)"),
-            ("max_tokens", self.max_tokens >= 1, "an integer >= 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1] (0 is off)"),
+            ("max_tokens", self.max_tokens >= 0, "an integer >= 0"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "0 to max_tokens"),
             ("seed", self.seed is None or 0 <= self.seed < 2**64, "an integer in [0, 2**64)"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("logit_bias", all(-100 <= bias <= 100 for bias in biases), "numbers in [-100, 100]"),
+            ("top_logprobs", self.top_logprobs >= 0, "an integer >= 0"),
         )
         for name, valid, wanted in rules:
             if not valid:
@@ -89,28 +114,70 @@ class Request:
     draft: Drafting | None = None
     priority: int = 0
     """Lower goes first; a request that waits may take the slot of one with a higher number."""
+    read_from: int | None = None
+    """Before decoding, report how likely the prompt's own tokens were, from this position on: see
+    `PromptEvent`. The first token has nothing before it and is never read. `max_tokens` may then be
+    0, to read and draw nothing."""
+
+
+class TopToken(NamedTuple):
+    """One of the likeliest tokens at a position."""
+
+    token_id: int
+    logprob: float
+    """Under the guided law."""
+    base_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the guided law and the base say about one token at its position."""
+
+    token_id: int
+    logprob: float
+    """Under the guided law, before bias, temperature and truncation; -inf if guides forbid it."""
+    base_logprob: float
+    kl: float
+    """KL(guided || base) in nats at this position."""
+    moved_by: str | None = None
+    """The guide that changed this token's log-prob most; None where no guide acts."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """What guides reported at this position, as `guide.name` (such as `proxy.expected_rejects`)."""
+    top: tuple[TopToken, ...] = ()
+    """As many as `top_logprobs` says, the likeliest first; fewer where guides allow fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """What was read of one request's prompt at a time."""
+
+    key: int
+    first: int
+    """Position in the prompt of the first reading."""
+    readings: tuple[Reading, ...]
+    """Of the prompt's tokens from `first` on, each under the law that decoding would have had
+    behind the tokens before it. Empty only where there was nothing to read."""
+    finish_reason: FinishReason | None = None
+    """LENGTH with the last readings of a request whose `max_tokens` is 0: it ends here."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token drawn for one request."""
+    """One token drawn for one request. What `Reading` has too means the same."""
 
     key: int
     index: int
     """Position in the completion, from 0; resumed requests start at `len(completed)`."""
     token_id: int
     logprob: float
-    """Under the guided law, before temperature and truncation."""
     base_logprob: float
     kl: float
-    """KL(guided || base) in nats at this position."""
     finish_reason: FinishReason | None
     moved_by: str | None = None
-    """The guide that changed this token's log-prob most; None where no guide acts."""
     drafted: bool = False
     """Whether the token was proposed by the drafter and accepted."""
     notes: Mapping[str, float] = field(default_factory=dict)
-    """What guides reported at this position, as `guide.name` (such as `proxy.expected_rejects`)."""
+    top: tuple[TopToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +197,7 @@ class Completion:
     moved_by: list[str | None] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     notes: list[Mapping[str, float]] = field(default_factory=list)
+    top: list[tuple[TopToken, ...]] = field(default_factory=list)
     draft_text: str | None = None
     """The text before the first revision; None if nothing revised it."""
     revised_by: tuple[str, ...] = ()

@@ -1,33 +1,50 @@
-"""What is reported about every token, gathered for all rows at once and fetched in one transfer.
+"""What is reported about every token, gathered for all rows at once and fetched at once.
 
-Shapes: R rows, V vocabulary, N numbers per row.
+Shapes: R rows, V vocabulary, N rows that report their likeliest tokens, K of them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pilotfish.decode.sequence import Reading, TopToken
 from pilotfish.decode.tilting import Tilted
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The numbers of one row."""
+class Tops:
+    """Which rows report their likeliest tokens, and how many: made once per change of the batch."""
 
-    token_id: int
-    logprob: float
-    base_logprob: float
-    kl: float
-    moved_by: str | None
-    notes: Mapping[str, float] = field(default_factory=dict)
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        """`counts` are of all rows, 0 where nothing is reported."""
+        self._counts = {row: count for row, count in enumerate(counts) if count > 0}
+        self._rows_N = torch.tensor(list(self._counts), device=device, dtype=torch.long)
+        self._most = max(counts)
+
+    def read(self, base_RV: Tensor, guided_RV: Tensor) -> dict[int, tuple[TopToken, ...]]:
+        """Return what is reported, by row. Tokens that guides forbid are not."""
+        if not self._counts:
+            return {}
+        most = min(self._most, guided_RV.shape[1])
+        best_NK = guided_RV[self._rows_N].topk(most, dim=-1)
+        base_NK = base_RV[self._rows_N].gather(1, best_NK.indices)
+        numbers = torch.stack([best_NK.indices.double(), best_NK.values.double(), base_NK.double()])
+        return {
+            row: tuple(
+                TopToken(int(token), logprob, base_logprob)
+                for token, logprob, base_logprob in found[:count]
+                if logprob > -torch.inf
+            )
+            for (row, count), found in zip(
+                self._counts.items(), numbers.permute(1, 2, 0).tolist(), strict=True
+            )
+        }
 
 
 def read(
-    base_RV: Tensor, guided_RV: Tensor, tokens_R: Tensor, done: Sequence[Tilted]
+    base_RV: Tensor, guided_RV: Tensor, tokens_R: Tensor, done: Sequence[Tilted], tops: Tops
 ) -> list[Reading]:
-    """Return each row's numbers for the token it drew."""
+    """Return what is said about one token of each row, such as the one it drew."""
     picked_R1 = tokens_R[:, None]
     columns = [tokens_R, guided_RV.gather(1, picked_R1)[:, 0]]
     if done:
@@ -37,7 +54,7 @@ def read(
         columns += [_moves(one, picked_R1) for one in done]
     # Token ids are exact in float64 far beyond any vocabulary.
     numbers = torch.stack([column.double() for column in columns], dim=1).tolist()
-    notes = _notes(done, len(numbers))
+    notes, best = _notes(done, len(numbers)), tops.read(base_RV, guided_RV)
     names = [one.tilt.guide for one in done]
     only = None if several else _only(done, len(numbers))
     readings = []
@@ -48,9 +65,8 @@ def read(
             mover = _mover(found[4:], names)
         else:
             mover = only[row] if logprob != base_logprob else None
-        readings.append(
-            Reading(token, logprob, base_logprob, divergence, mover, notes.get(row, {}))
-        )
+        about = notes.get(row, {}), best.get(row, ())
+        readings.append(Reading(token, logprob, base_logprob, divergence, mover, *about))
     return readings
 
 
@@ -66,6 +82,7 @@ def _moves(one: Tilted, picked_R1: Tensor) -> Tensor:
     rows = one.tilt.rows
     own_R1 = picked_R1 if rows is None else picked_R1[rows]
     moved_R = (one.after_RV.gather(1, own_R1) - one.before_RV.gather(1, own_R1))[:, 0].abs()
+    moved_R = moved_R.nan_to_num(nan=0.0, posinf=torch.inf)  # forbidden before, and still
     if rows is None:
         return moved_R
     return moved_R.new_zeros(len(picked_R1)).index_copy(0, rows, moved_R)

@@ -3,6 +3,7 @@
 Shapes: R rows, V vocabulary, D hidden size.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,18 @@ class Tilt:
         return self
 
 
+def make_tilts(chains: Sequence[Sequence[tuple[str, float]]], device: torch.device) -> list[Tilt]:
+    """Return the turns of a batch; `chains` are the rows' guides and weights, in their order."""
+    turns: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    for row, chain in enumerate(chains):
+        for place, (name, weight) in enumerate(chain):
+            turns.setdefault((place, name), []).append((row, weight))
+    return [
+        Tilt(name, entries, len(chains)).to(device)
+        for (_, name), entries in sorted(turns.items(), key=lambda turn: turn[0][0])
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Begun:
     """A turn whose guide has been asked."""
@@ -38,6 +51,7 @@ class Begun:
     tilt: Tilt
     contexts: Sequence[Context]
     evidence: Evidence
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +62,21 @@ class Tilted:
     step: Step
     before_RV: Tensor
     after_RV: Tensor
+    seconds: float
+    """Spent in the guide, by this process' clock: a device may still be busy."""
 
 
 def begin(
     guides: Mapping[str, TokenGuide], tilts: Sequence[Tilt], contexts: Sequence[Context]
 ) -> list[Begun]:
     """Ask every guide about its rows; `contexts` are those of all rows."""
-    begun = []
+    begun, now = [], time.perf_counter()
     for tilt in tilts:
+        started = now
         own = contexts if tilt.rows is None else [contexts[row] for row in tilt.places]
-        begun.append(Begun(tilt, own, guides[tilt.guide].begin(own)))
+        evidence = guides[tilt.guide].begin(own)
+        now = time.perf_counter()
+        begun.append(Begun(tilt, own, evidence, now - started))
     return begun
 
 
@@ -68,9 +87,9 @@ def apply(
     hidden_RD: Tensor | None,
 ) -> tuple[Tensor, list[Tilted]]:
     """Return the guided law of all rows [R, V], and what each guide did on the way."""
-    guided_RV, done = base_RV, []
+    guided_RV, done, now = base_RV, [], time.perf_counter()
     for one in begun:
-        rows = one.tilt.rows
+        started, rows = now, one.tilt.rows
         before_RV, own_RV, own_RD = guided_RV, base_RV, hidden_RD
         if rows is not None:
             before_RV = guided_RV[rows]
@@ -78,6 +97,8 @@ def apply(
             own_RD = None if hidden_RD is None else hidden_RD[rows]
         step = Step(one.contexts, one.tilt.weights_R, own_RD, own_RV)
         after_RV = guides[one.tilt.guide].tilt(before_RV, step, one.evidence)
-        done.append(Tilted(one.tilt, step, before_RV, after_RV))
         guided_RV = after_RV if rows is None else guided_RV.index_copy(0, rows, after_RV)
+        now = time.perf_counter()
+        seconds = one.seconds + now - started
+        done.append(Tilted(one.tilt, step, before_RV, after_RV, seconds))
     return guided_RV, done

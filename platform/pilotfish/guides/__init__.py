@@ -1,8 +1,11 @@
 """Guides by kind. A new guide is one file here, one line in `GUIDES`, and one training config."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from pilotfish.config import Config, parse
 from pilotfish.errors import CheckpointError, ConfigError
@@ -18,6 +21,7 @@ from pilotfish.guides.host import GuideHost
 from pilotfish.guides.own_template import OwnTemplate
 from pilotfish.guides.proxy_rlhf import ProxyGuide
 from pilotfish.guides.proxy_tuning import ProxyTuningGuide
+from pilotfish.guides.scoring import DraftScorer, Judges
 from pilotfish.guides.transfer_q import TransferQGuide
 from pilotfish.models.vocab import check_same_vocab
 
@@ -26,10 +30,19 @@ class GuideKind(Staged, Protocol):
     """What the classes in `GUIDES` have in common: how they are configured and loaded."""
 
     Settings: ClassVar[type[Config]]
+    varies: ClassVar[tuple[str, ...]]
+    """Settings that a loaded guide can have anew without loading anything."""
 
     @classmethod
     def load(cls, folder: str | Path, card: GuideCard, settings: Any, host: GuideHost) -> Guide:
         """Load the guide. `settings` is the card's, as an instance of `Settings`."""
+        ...
+
+    def vary(self, settings: Any) -> Guide:
+        """Return a guide with these settings that shares all models with this one.
+
+        They differ from those it was loaded with in what `varies` alone.
+        """
         ...
 
 
@@ -108,10 +121,69 @@ def load_guide(folder: str | Path, card: GuideCard, host: GuideHost) -> Guide:
     loaded = kind.load(folder, card, settings, host)
     if kind.stage is not Stage.TOKEN:
         return loaded
-    guide = cast(TokenGuide, loaded)
-    if card.template == "own":
-        guide = OwnTemplate(guide, host.load_tokenizer(folder))
-    return guide if card.gate is None else Gated(guide, card.gate)
+    own = host.load_tokenizer(folder) if card.template == "own" else None
+    return _wrap(cast(TokenGuide, loaded), own, card.gate)
+
+
+def variant_name(guide: str, args: Mapping[str, Any]) -> str:
+    """Return what a guide with other settings is called, such as `proxy{"p_t":0.9}`."""
+    written = json.dumps(args, sort_keys=True, separators=(",", ":"))
+    return guide + written if args else guide
+
+
+def vary_card(card: GuideCard, args: Mapping[str, Any]) -> GuideCard:
+    """Return the card of a loaded guide's variant, with the settings and the `gate` of `args`.
+
+    Raises `ConfigError` for what cannot change without loading anything, and for bad values.
+    """
+    kind = GUIDES[card.kind]
+    can = (*kind.varies, "gate") if kind.stage is Stage.TOKEN else kind.varies
+    fixed = [name for name in args if name not in can]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} of a guide of kind {card.kind!r} cannot change while it is "
+            f"loaded; what can: {', '.join(can)}."
+        )
+    changed = {name: value for name, value in args.items() if name != "gate"}
+    fields = {
+        **card.model_dump(),
+        "gate": args.get("gate", card.gate),
+        "settings": {**card.settings, **changed},
+    }
+    varied = parse(GuideCard, fields, source=f"a variant of kind {card.kind}")
+    _check_card(varied, f"a variant of kind {card.kind}")
+    return varied
+
+
+def vary_guide(guide: Guide, card: GuideCard, args: Mapping[str, Any]) -> Guide:
+    """Return a loaded guide with other decode-time settings; all models and caches are shared.
+
+    `card` is the one it was loaded with. Raises what `vary_card` raises.
+    """
+    varied, kind, own = vary_card(card, args), GUIDES[card.kind], None
+    if isinstance(guide, Gated):
+        guide = guide.guide
+    if isinstance(guide, OwnTemplate):
+        guide, own = guide.guide, guide.tokenizer
+    settings = parse(kind.Settings, varied.settings, source=f"a variant of kind {card.kind}")
+    changed = cast(GuideKind, guide).vary(settings)
+    if kind.stage is not Stage.TOKEN:
+        return changed
+    return _wrap(cast(TokenGuide, changed), own, varied.gate)
+
+
+def scorer_of(guide: Guide) -> DraftScorer | None:
+    """Return what judges whole answers in a guide with a reward or value model; None in others."""
+    while isinstance(guide, Gated | OwnTemplate):
+        guide = guide.guide
+    return guide.scorer if isinstance(guide, Judges) else None
+
+
+def _wrap(guide: TokenGuide, own: PreTrainedTokenizerBase | None, gate: float | None) -> TokenGuide:
+    """Prompt a guide its own way, if it has a tokenizer for that, and gate it, if need be."""
+    if own is not None:
+        guide = OwnTemplate(guide, own)
+    return guide if gate is None else Gated(guide, gate)
 
 
 def _refuse_wrappers(guide: str, card: GuideCard) -> None:

@@ -40,6 +40,7 @@ class AlignerGuide:
     stage: ClassVar[Stage] = Stage.REVISION
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = AlignerSettings
+    varies: ClassVar[tuple[str, ...]] = ("max_tokens", "temperature", "seed")
 
     def __init__(
         self,
@@ -74,18 +75,22 @@ class AlignerGuide:
             seed=settings.seed,
         )
 
+    def vary(self, settings: AlignerSettings) -> "AlignerGuide":
+        return self.of(self._model, settings)
+
     def check(self, prompt: Prompt, draft: str = "") -> None:
         """Raise `PromptError` for a prompt without text, or with more than fits."""
-        self._writing(prompt, draft)
+        self.writing(prompt, draft)
 
     def revise(self, prompt: Prompt, draft: str) -> Iterator[str]:
-        return self._model.stream(self._writing(prompt, draft))
+        return self._model.stream(self.writing(prompt, draft))
 
     def revise_all(self, prompts: Sequence[Prompt], drafts: Sequence[str]) -> list[Written]:
         pairs = zip(prompts, drafts, strict=True)
-        return self._model.write([self._writing(prompt, draft) for prompt, draft in pairs])
+        return self._model.write([self.writing(prompt, draft) for prompt, draft in pairs])
 
-    def _writing(self, prompt: Prompt, draft: str) -> Writing:
+    def writing(self, prompt: Prompt, draft: str) -> Writing:
+        """Return what the model is asked to write. Raises `PromptError` as `check` does."""
         text = self._template.render(_question(prompt), draft)
         room = self._model.max_length - self._model.num_tokens(text)
         num_draft = self._model.num_tokens(draft)

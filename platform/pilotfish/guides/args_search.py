@@ -6,7 +6,7 @@ K candidates per row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -22,6 +22,7 @@ from pilotfish.guides.candidates import (
 )
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
+from pilotfish.guides.scoring import Rewards, RewardScorer
 from pilotfish.models.reward import RewardReading
 
 
@@ -53,6 +54,7 @@ class ARGSGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = ARGSSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_candidates", "chunk_size")
     needs_hidden = False
 
     def __init__(
@@ -70,8 +72,17 @@ class ARGSGuide:
     def load(
         cls, folder: str | Path, card: GuideCard, settings: ARGSSettings, host: GuideHost
     ) -> "ARGSGuide":
-        reward = host.load_reward(beside(folder, settings.reward), settings)
-        return cls(reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
+        return cls(host.load_reward(beside(folder, settings.reward), settings)).vary(settings)
+
+    def vary(self, settings: ARGSSettings) -> "ARGSGuide":
+        return ARGSGuide(
+            self._reward, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size
+        )
+
+    @property
+    def scorer(self) -> RewardScorer:
+        """The same model, reading whole answers."""
+        return RewardScorer(cast(Rewards, self._reward))
 
     @property
     def max_length(self) -> int:

@@ -57,6 +57,7 @@ class BestOfN:
     stage: ClassVar[Stage] = Stage.SELECTION
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = BestOfNSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_drafts", "inverse_temperature")
     block_tokens: int | None = None
 
     def __init__(
@@ -75,7 +76,7 @@ class BestOfN:
                 "None for the best draft."
             )
         self.num_drafts = num_drafts
-        self._scorer = scorer
+        self.scorer = scorer
         self._inverse_temperature = inverse_temperature
         self._max_length = max_length
 
@@ -84,11 +85,14 @@ class BestOfN:
         cls, folder: str | Path, card: GuideCard, settings: BestOfNSettings, host: GuideHost
     ) -> "BestOfN":
         rewards = host.load_reward(beside(folder, settings.reward), settings)
-        return cls(
-            RewardScorer(rewards),
+        return cls(RewardScorer(rewards), max_length=rewards.max_length).vary(settings)
+
+    def vary(self, settings: BestOfNSettings) -> "BestOfN":
+        return BestOfN(
+            self.scorer,
             num_drafts=settings.num_drafts,
             inverse_temperature=settings.inverse_temperature,
-            max_length=rewards.body.max_length,
+            max_length=self._max_length,
         )
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
@@ -103,7 +107,7 @@ class BestOfN:
         drafts: Sequence[Sequence[Draft]],
         uniforms: Sequence[float],
     ) -> list[int]:
-        scores = scores_of(self._scorer, prompts, drafts)
+        scores = scores_of(self.scorer, prompts, drafts)
         return [self._pick(*both) for both in zip(scores, uniforms, strict=True)]
 
     def _pick(self, rewards: Sequence[float], uniform: float) -> int:
@@ -124,6 +128,7 @@ class BlockwiseCD:
     stage: ClassVar[Stage] = Stage.SELECTION
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = BlockwiseSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_drafts", "block_tokens")
 
     def __init__(
         self,
@@ -138,7 +143,7 @@ class BlockwiseCD:
         _check_at_least_one("block_tokens", block_tokens)
         self.num_drafts = num_drafts
         self.block_tokens: int | None = block_tokens
-        self._scorer = scorer
+        self.scorer = scorer
         self._max_length = max_length
 
     @classmethod
@@ -151,11 +156,14 @@ class BlockwiseCD:
             # Room for the beginnings that were just looked at, since the next ones share them.
             num_slots=2 * max(host.num_slots, settings.num_drafts),
         )
-        return cls(
-            RewardScorer(values),
+        return cls(RewardScorer(values), max_length=values.max_length).vary(settings)
+
+    def vary(self, settings: BlockwiseSettings) -> "BlockwiseCD":
+        return BlockwiseCD(
+            self.scorer,
             num_drafts=settings.num_drafts,
             block_tokens=settings.block_tokens,
-            max_length=values.body.max_length,
+            max_length=self._max_length,
         )
 
     def check(self, prompt: Prompt, max_tokens: int) -> None:
@@ -170,7 +178,7 @@ class BlockwiseCD:
         drafts: Sequence[Sequence[Draft]],
         uniforms: Sequence[float],
     ) -> list[int]:
-        return [_best(scores) for scores in scores_of(self._scorer, prompts, drafts)]
+        return [_best(scores) for scores in scores_of(self.scorer, prompts, drafts)]
 
 
 def _best(scores: Sequence[float]) -> int:

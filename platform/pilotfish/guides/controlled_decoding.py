@@ -7,7 +7,7 @@ vocabulary, K candidates per row.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -23,6 +23,7 @@ from pilotfish.guides.candidates import (
 )
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost, beside
+from pilotfish.guides.scoring import Rewards, RewardScorer
 from pilotfish.models.reward import RewardReading
 
 
@@ -53,6 +54,7 @@ class ControlledDecodingGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = ControlledDecodingSettings
+    varies: ClassVar[tuple[str, ...]] = ("num_candidates", "chunk_size")
     needs_hidden = False
 
     def __init__(
@@ -74,8 +76,17 @@ class ControlledDecodingGuide:
         settings: ControlledDecodingSettings,
         host: GuideHost,
     ) -> "ControlledDecodingGuide":
-        value = host.load_reward(beside(folder, settings.value), settings)
-        return cls(value, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size)
+        return cls(host.load_reward(beside(folder, settings.value), settings)).vary(settings)
+
+    def vary(self, settings: ControlledDecodingSettings) -> "ControlledDecodingGuide":
+        return ControlledDecodingGuide(
+            self._value, num_candidates=settings.num_candidates, chunk_size=settings.chunk_size
+        )
+
+    @property
+    def scorer(self) -> RewardScorer:
+        """The same model, reading whole answers."""
+        return RewardScorer(cast(Rewards, self._value))
 
     @property
     def max_length(self) -> int:

@@ -33,17 +33,17 @@ class Gated:
         """Rows seen so far."""
         self.num_open = 0
         """Rows tilted so far."""
-        self._guide = guide
+        self.guide = guide
         self._threshold = threshold
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Raise `PromptError` where the guide itself does."""
-        if isinstance(self._guide, ChecksPrompts):
-            self._guide.check_prompt(prompt)
+        if isinstance(self.guide, ChecksPrompts):
+            self.guide.check_prompt(prompt)
 
     @property
     def max_length(self) -> int:
-        return max_length_of(self._guide)
+        return max_length_of(self.guide)
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Start nothing: which rows are open is not known yet."""
@@ -58,16 +58,16 @@ class Gated:
         if len(rows_N) == 0:
             return logprobs_RV
         if len(rows_N) == len(open_R):
-            return self._guide.tilt(logprobs_RV, step, self._guide.begin(step.contexts))
+            return self.guide.tilt(logprobs_RV, step, self.guide.begin(step.contexts))
         some = _rows(step, rows_N)
-        tilted_NV = self._guide.tilt(logprobs_RV[rows_N], some, self._guide.begin(some.contexts))
+        tilted_NV = self.guide.tilt(logprobs_RV[rows_N], some, self.guide.begin(some.contexts))
         for name, note_N in some.notes.items():
             note_R = note_N.new_zeros((len(open_R), *note_N.shape[1:]))
             step.notes[name] = note_R.index_copy(0, rows_N, note_N)
         return logprobs_RV.index_copy(0, rows_N, tilted_NV)
 
     def release(self, keys: Sequence[int]) -> None:
-        self._guide.release(keys)
+        self.guide.release(keys)
 
 
 def _rows(step: Step, rows_N: Tensor) -> Step:

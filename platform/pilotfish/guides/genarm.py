@@ -29,6 +29,7 @@ class GenARMGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = Config
+    varies: ClassVar[tuple[str, ...]] = ()
     needs_hidden = False
 
     def __init__(self, source: LogprobSource) -> None:
@@ -39,6 +40,9 @@ class GenARMGuide:
         cls, folder: str | Path, card: GuideCard, settings: Config, host: GuideHost
     ) -> "GenARMGuide":
         return cls(host.load_source(folder))
+
+    def vary(self, settings: Config) -> "GenARMGuide":
+        return self
 
     @property
     def max_length(self) -> int:

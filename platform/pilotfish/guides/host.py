@@ -1,7 +1,7 @@
 """What a process offers to the guides it loads: its base, and ways to load models beside it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -39,6 +39,12 @@ class GuideHost:
     """How LMs decode that write text of their own; the guides know no decode loop."""
     lms: list[CausalLM | RewardModel] = field(default_factory=list)
     """Every model loaded so far, so that forwards can be counted."""
+
+    def for_guide(
+        self, *, num_slots: int, dtype: Dtype, remote: LogprobSource | None
+    ) -> "GuideHost":
+        """Return the host of one guide, with a cache and a precision of its own."""
+        return replace(self, num_slots=num_slots, dtype=dtype, remote=remote)
 
     def load_lm(self, folder: str | Path, *, num_slots: int | None = None) -> CausalLM:
         """Load a causal LM over the base's token ids. Raises `VocabMismatchError` for others."""

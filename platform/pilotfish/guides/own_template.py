@@ -37,8 +37,8 @@ class OwnTemplate:
                 "prompted as the base is. Set template to 'base' in its guide.json."
             )
         self.needs_hidden = False
-        self._guide = guide
-        self._tokenizer = tokenizer
+        self.guide = guide
+        self.tokenizer = tokenizer
         self._prompts: dict[int, tuple[tuple[Message, ...], Prompt]] = {}
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -48,18 +48,18 @@ class OwnTemplate:
     def begin(self, contexts: Sequence[Context]) -> tuple[list[Context], Evidence]:
         """Raises `PromptError` for a prompt without messages."""
         own = [self._translate(context) for context in contexts]
-        return own, self._guide.begin(own)
+        return own, self.guide.begin(own)
 
     def tilt(
         self, logprobs_RV: Tensor, step: Step, evidence: tuple[list[Context], Evidence]
     ) -> Tensor:
         own, found = evidence
-        return self._guide.tilt(logprobs_RV, replace(step, contexts=own), found)
+        return self.guide.tilt(logprobs_RV, replace(step, contexts=own), found)
 
     def release(self, keys: Sequence[int]) -> None:
         for key in keys:
             self._prompts.pop(key, None)
-        self._guide.release(keys)
+        self.guide.release(keys)
 
     def _translate(self, context: Context) -> Context:
         messages, prompt = self._prompts.get(context.key, ((), None))
@@ -78,4 +78,4 @@ class OwnTemplate:
                 "a guide is prompted by its own chat template, so it needs the conversation, but "
                 "the prompt is text alone. Send messages, or leave the guide out."
             )
-        return replace(prompt, token_ids=render_prompt(self._tokenizer, prompt.messages))
+        return replace(prompt, token_ids=render_prompt(self.tokenizer, prompt.messages))

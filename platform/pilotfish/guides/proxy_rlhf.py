@@ -21,7 +21,7 @@ from torch import Tensor
 from pilotfish.config import Config
 from pilotfish.context import Context
 from pilotfish.errors import ConfigError
-from pilotfish.guides.acceptance import AcceptLaw, accept_law
+from pilotfish.guides.acceptance import AcceptLaw, AcceptRules, accept_law
 from pilotfish.guides.base import Stage, Step
 from pilotfish.guides.card import GuideCard
 from pilotfish.guides.host import GuideHost
@@ -72,6 +72,7 @@ class ProxyGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = False
     Settings: ClassVar[type[Config]] = ProxySettings
+    varies: ClassVar[tuple[str, ...]] = (*AcceptRules.model_fields, "top_k", "temperature")
     reads_base = True
 
     def __init__(self, base: CausalLM, head: AcceptHead, settings: ProxySettings) -> None:
@@ -107,6 +108,9 @@ class ProxyGuide:
         if host.dtype != "auto":
             head = head.to(getattr(torch, host.dtype))
         return cls(host.base, head, settings)
+
+    def vary(self, settings: ProxySettings) -> "ProxyGuide":
+        return ProxyGuide(self._base, self.head, settings)
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Nothing can start before the base has said what it proposes."""

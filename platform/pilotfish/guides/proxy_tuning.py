@@ -39,6 +39,7 @@ class ProxyTuningGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = ProxyTuningSettings
+    varies: ClassVar[tuple[str, ...]] = ()
     needs_hidden = False
 
     def __init__(self, expert: LogprobSource, anti_expert: LogprobSource) -> None:
@@ -53,6 +54,9 @@ class ProxyTuningGuide:
             host.load_lm(beside(folder, settings.expert)),
             host.load_lm(beside(folder, settings.anti_expert)),
         )
+
+    def vary(self, settings: ProxyTuningSettings) -> "ProxyTuningGuide":
+        return self
 
     @property
     def max_length(self) -> int:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,14 @@ class DraftScorer(Protocol):
     def score(self, prompt: Prompt, drafts: Sequence[Draft]) -> Sequence[float]:
         """Return one finite number per draft; more is better."""
         ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """A guide with a model that says what whole answers are worth."""
+
+    @property
+    def scorer(self) -> DraftScorer: ...
 
 
 class Rewards(Protocol):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pilotfish.config import Config
 from pilotfish.context import Context
+from pilotfish.errors import ConfigError
 from pilotfish.guides.base import Stage, Step
 from pilotfish.guides.candidates import tilt_candidates, top_candidates
 from pilotfish.guides.card import GuideCard
@@ -73,6 +74,19 @@ class TransferQGuide:
     stage: ClassVar[Stage] = Stage.TOKEN
     takes_weight: ClassVar[bool] = True
     Settings: ClassVar[type[Config]] = TransferQSettings
+    varies: ClassVar[tuple[str, ...]] = (
+        "mode",
+        "baseline_reward",
+        "beta",
+        "num_candidates",
+        "num_rollouts",
+        "rollout_tokens",
+        "max_rollout_tokens",
+        "rollout_temperature",
+        "proposal",
+        "reference_parity",
+        "seed",
+    )
     needs_hidden = False
 
     def __init__(
@@ -117,6 +131,20 @@ class TransferQGuide:
             None if baseline is None else load_reward(baseline),
             settings=settings,
             end_ids=host.end_ids,
+        )
+
+    def vary(self, settings: TransferQSettings) -> "TransferQGuide":
+        """Raises `ConfigError` for a `baseline_reward` that is not loaded; None leaves it out."""
+        reward, *baseline = self._readers
+        if settings.baseline_reward is None:
+            baseline = [None]
+        elif settings.baseline_reward != self._settings.baseline_reward:
+            raise ConfigError(
+                f"baseline_reward is {settings.baseline_reward!r}, but what is loaded is "
+                f"{self._settings.baseline_reward!r}. Leave it as it is, or set it to null."
+            )
+        return TransferQGuide(
+            self._rollout, reward, *baseline, settings=settings, end_ids=self._end_ids
         )
 
     @torch.inference_mode()

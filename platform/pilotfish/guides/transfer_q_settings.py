@@ -81,7 +81,10 @@ class TransferQSettings(RewardReading):
     def _check_mode(self) -> None:
         if self.mode == "direct":
             if self.baseline_reward is not None or self.beta is not None:
-                raise ValueError("baseline_reward and beta are for mode: indirect; leave them out")
+                raise ValueError(
+                    "baseline_reward and beta are for mode: indirect; leave them out, or set them "
+                    "to null"
+                )
             return
         if self.baseline_reward is None:
             raise ValueError(

@@ -32,6 +32,7 @@ from pilotfish.models.rows import (
 from pilotfish.models.slots import SlotCache
 
 _MERGED = 8  # so many missing tokens ride along with the candidates behind them
+_SIBLINGS = 512  # candidates of one sequence per forward: each takes a column of every slot
 
 
 class Body:
@@ -64,6 +65,8 @@ class Body:
             pack_linears(model)
         self.max_length: int = config.max_position_embeddings
         self.num_slots = num_slots
+        self.max_columns = max_cache_tokens or num_slots * self.max_length
+        """Columns that there may be, over all slots."""
         self.prefill_chunk = prefill_chunk
         self.num_forwards = 0
         """Rows and candidates so far: model forwards over one token, the unit of papers' cost
@@ -128,10 +131,17 @@ class Body:
         """
         self.num_forwards += candidates_RK.numel()
         asks = group(contexts)
-        widest = max(len(ask.lengths) for ask in asks) * candidates_RK.shape[1]
-        limit = self._limit(asks, extra=widest + _MERGED)
+        depth, num_candidates = max(len(ask.places) for ask in asks), candidates_RK.shape[1]
+        deepest = max(1, _SIBLINGS // num_candidates)
+        if depth > deepest:
+            cuts = [slice(at, at + deepest) for at in range(0, depth, deepest)]
+            parts = [[place for ask in asks for place in ask.places[cut]] for cut in cuts]
+            return self._candidates_in_parts(contexts, candidates_RK, parts)
+        limit = self._limit(asks, extra=depth * num_candidates + _MERGED)
         if len(asks) > limit:
-            return self._candidates_in_parts(contexts, candidates_RK, limit)
+            every = list(range(len(contexts)))
+            parts = [every[at : at + limit] for at in range(0, len(every), limit)]
+            return self._candidates_in_parts(contexts, candidates_RK, parts)
         by_slot = self._place(asks, limit)
         rows = self._placement.rows[: len(asks)]
         self._promote(rows, by_slot)
@@ -202,14 +212,15 @@ class Body:
         return torch.cat(found)[invert(places)]
 
     def _candidates_in_parts(
-        self, contexts: Sequence[Context], candidates_RK: Tensor, limit: int
+        self, contexts: Sequence[Context], candidates_RK: Tensor, parts: Sequence[list[int]]
     ) -> Tensor:
+        """Some contexts at a time, given by their places in the call."""
         self.num_forwards -= candidates_RK.numel()
-        found = []
-        for start in range(0, len(contexts), limit):
-            part = slice(start, start + limit)
-            found.append(self.candidates(contexts[part], candidates_RK[part]))
-        return torch.cat(found)
+        found = [
+            self.candidates([contexts[place] for place in part], candidates_RK[part])
+            for part in parts
+        ]
+        return torch.cat(found)[invert([place for part in parts for place in part])]
 
     def _promote(self, rows: Sequence[Row], asks: Sequence[Ask]) -> None:
         """Where the next token was a candidate, move its keys and values to where they belong."""

@@ -72,11 +72,11 @@ def collect(
 
 
 def _check(params: SamplingParams) -> None:
-    if params.temperature != 1 or params.top_k != 0 or params.top_p != 1:
+    if params.reshapes:
         raise ConfigError(
-            f"rollouts sample from the policy itself, but got temperature={params.temperature}, "
-            f"top_k={params.top_k}, top_p={params.top_p}: PPO would compare log-probs of another "
-            "law. Set them to 1, 0 and 1; a proxy has a temperature of its own in its settings."
+            f"rollouts sample from the policy itself, but got {params}: PPO would compare "
+            "log-probs of another law. Leave temperature, top_k, top_p, min_p, min_tokens and "
+            "logit_bias at their defaults; a proxy has a temperature of its own in its settings."
         )
 
 

@@ -1,0 +1,208 @@
+"""The server beside the engine that is inside it: tokens per second and latencies over HTTP.
+
+    python -m benchmarks.serve [--json] [--root runs]
+
+Serves `kitchen/base` under `kitchen/genarm` twice on one local Ray cluster, with the guide in the
+base's process and in a replica of its own, and asks the same questions of each and of an engine in
+a process of its own, in turns within each round; ratios are medians over rounds. Clients, the HTTP
+proxy, the ingress and the models share this machine's cores, as they would not elsewhere.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from benchmarks.machine import describe
+from benchmarks.serve_load import Found, Load
+from jobs import cluster
+from jobs.serving import free_port, served
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACEMENTS = ("colocated", "remote")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Medians over rounds of one way to ask; milliseconds."""
+
+    tokens_per_second: float
+    first_token_ms: float
+    gap_p50_ms: float
+    gap_p99_ms: float
+    tokens_per_arrival: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One placement of the guide at one number of streams."""
+
+    placement: str
+    num_streams: int
+    http: Side
+    in_process: Side
+    ratio: float
+    """Tokens per second over HTTP, by those of the engine."""
+    ratios: tuple[float, float]
+    """The least and the greatest of all rounds."""
+    first_token_overhead_ms: float
+
+
+class Asker:
+    """A process that makes requests when it is told to."""
+
+    def __init__(self, **settings: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serve_load"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._send(settings)
+
+    def run(self, load: Load) -> Found:
+        self._send(asdict(load))
+        assert self._process.stdout is not None
+        return Found(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _send(self, value: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(value) + "\n")
+        self._process.stdin.flush()
+
+
+def measure(options: argparse.Namespace, askers: dict[str, Asker]) -> list[Row]:
+    """Ask everybody the same in every round."""
+    rows = []
+    with tqdm(total=len(options.streams) * (options.rounds + 1), unit="round") as bar:
+        for num_streams in options.streams:
+            found: dict[str, list[Found]] = {name: [] for name in askers}
+            for number in range(options.rounds + 1):
+                load = Load(
+                    num_streams=num_streams,
+                    num_requests=max(options.requests, 2 * num_streams),
+                    num_tokens=options.tokens,
+                    seed=100 * number,
+                )
+                for name, asker in askers.items():
+                    answer = asker.run(load)
+                    if number:  # the first round warms up
+                        found[name].append(answer)
+                bar.update()
+            rows += [_row(name, num_streams, found) for name in PLACEMENTS]
+    return rows
+
+
+def _row(placement: str, num_streams: int, found: dict[str, list[Found]]) -> Row:
+    over_http, inside = found[placement], found["engine"]
+    ratios = [
+        one.tokens_per_second / other.tokens_per_second
+        for one, other in zip(over_http, inside, strict=True)
+    ]
+    http, in_process = _side(over_http), _side(inside)
+    return Row(
+        placement=placement,
+        num_streams=num_streams,
+        http=http,
+        in_process=in_process,
+        ratio=statistics.median(ratios),
+        ratios=(min(ratios), max(ratios)),
+        first_token_overhead_ms=http.first_token_ms - in_process.first_token_ms,
+    )
+
+
+def _side(rounds: Sequence[Found]) -> Side:
+    def median(values: Sequence[float]) -> float:
+        return statistics.median(values)
+
+    def percentile(one: Found, share: float) -> float:
+        return sorted(one.gaps)[int(share * (len(one.gaps) - 1))]
+
+    return Side(
+        tokens_per_second=median([one.tokens_per_second for one in rounds]),
+        first_token_ms=1e3 * median([median(one.first) for one in rounds]),
+        gap_p50_ms=1e3 * median([percentile(one, 0.5) for one in rounds]),
+        gap_p99_ms=1e3 * median([percentile(one, 0.99) for one in rounds]),
+        tokens_per_arrival=median(
+            [one.num_tokens / (len(one.gaps) + len(one.first)) for one in rounds]
+        ),
+    )
+
+
+def write_config(path: Path, *, root: Path, port: int) -> None:
+    """Write a Serve config with an application per placement of the guide."""
+    search_path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    environment = {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
+
+    def application(placement: str) -> dict[str, Any]:
+        guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm")}
+        process = {"placement": "remote", "num_cpus": 0.1} if placement == "remote" else {}
+        return {
+            "name": placement,
+            "route_prefix": f"/{placement}",
+            "import_path": "serve.app:build",
+            "runtime_env": {"env_vars": environment},
+            "args": {
+                "base": {"path": str(root / "kitchen" / "base"), "num_cpus": 0.1},
+                "guides": [{**guide, **process}],
+                "ingress": {"num_cpus": 0.1},
+            },
+        }
+
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application(placement) for placement in PLACEMENTS],
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object on a line")
+    parser.add_argument("--root", default="runs", help="holds kitchen/base, kitchen/genarm")
+    parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--requests", type=int, default=12, help="at least, per round")
+    parser.add_argument("--tokens", type=int, default=100, help="per request")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    root, port = Path(options.root).resolve(), free_port(8000)
+    cluster.connect(num_cpus=4)
+    askers: dict[str, Asker] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "serve.yaml")
+        write_config(config, root=root, port=port)
+        with served(config, port=port, routes=[f"/{name}" for name in PLACEMENTS]):
+            kitchen = root / "kitchen"
+            askers["engine"] = Asker(base=str(kitchen / "base"), guide=str(kitchen / "genarm"))
+            for name in PLACEMENTS:
+                askers[name] = Asker(url=f"http://127.0.0.1:{port}/{name}")
+            try:
+                rows = measure(options, askers)
+            finally:
+                for asker in askers.values():
+                    asker.close()
+    report = {**describe(1), "load_average": os.getloadavg()[2], "rows": [asdict(r) for r in rows]}
+    sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

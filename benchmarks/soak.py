@@ -1,0 +1,254 @@
+"""A server under load whose processes are killed all the time: nothing lost, memory flat.
+
+    python -m benchmarks.soak [--json] [--root runs] [--minutes 20] [--every 10]
+
+Serves `kitchen/base` under `kitchen/genarm` from two base and two guide replicas behind two
+ingresses, keeps so many streams open, and sends SIGKILL to one of them, in turns, every so many
+seconds. Every answer is compared, token by token, with what an engine in this process draws.
+Where a text departs from it, the number that decided says whether that was a near-tie, which
+another batch may settle otherwise. Resident memory is that of the oldest process of each kind.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import logging
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import psutil
+import yaml
+from tqdm import tqdm
+
+from benchmarks.machine import describe
+from jobs import cluster
+from jobs.serving import free_port, served
+from pilotfish import Pilot, SamplingParams, world
+from pilotfish.chat import render_prompt
+from pilotfish.context import Context, Prompt
+from pilotfish.noise import Purpose, request_key, uniforms
+
+ROOT = Path(__file__).resolve().parents[1]
+VICTIMS = ("BaseModel", "Guide:helpful", "Pipeline")
+NEAR_TIE = 1e-3
+"""In probability, between the number that decided a draw and the nearest border of a token."""
+
+
+@dataclass
+class Tally:
+    """What came of all requests."""
+
+    num_done: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+    num_resumed: int = 0
+    """Answers that a client took up again, since its connection was cut."""
+    num_lost: int = 0
+    """Answers with a token missing, repeated or out of place."""
+    departures: list[float] = field(default_factory=list)
+    """Of texts that differ from the engine's: how near a tie the first other token was."""
+
+
+class Client:
+    """Asks one question after the other, and takes up answers that break off."""
+
+    one_at_a_time = asyncio.Lock()
+    """The engine that judges is one."""
+
+    def __init__(self, url: str, pilot: Pilot, tally: Tally, tokens: int) -> None:
+        self._url, self._pilot, self._tally, self._tokens = url, pilot, tally, tokens
+
+    async def run(self, numbers: "itertools.count[int]", until: float) -> None:
+        async with openai.AsyncOpenAI(base_url=self._url, api_key="none", max_retries=0) as api:
+            while time.monotonic() < until:
+                await self._ask(api, next(numbers))
+
+    async def _ask(self, api: openai.AsyncOpenAI, number: int) -> None:
+        [scene] = world.scenes(1, seed=number)
+        messages: Any = scene.messages
+        ids: list[int] = []
+        finished, attempts = False, 0
+        while not finished:
+            extra = {
+                "guides": [{"name": "helpful", "weight": 1.0}],
+                "return_token_ids": True,
+                "ignore_eos": True,
+                **({"completed_token_ids": ids} if ids else {}),
+            }
+            try:
+                stream = await api.chat.completions.create(
+                    model="base",
+                    messages=messages,
+                    seed=number,
+                    max_tokens=self._tokens,
+                    stream=True,
+                    extra_body=extra,
+                )
+                async for chunk in stream:
+                    for choice in chunk.choices:
+                        ids = ids + ((choice.model_extra or {}).get("token_ids") or [])
+                        finished = finished or choice.finish_reason is not None
+            except openai.APIError:
+                attempts += 1
+                if attempts > 20:
+                    self._tally.num_failed += 1
+                    return
+                await asyncio.sleep(0.1 * attempts)
+        self._tally.num_resumed += attempts > 0
+        async with self.one_at_a_time:
+            await asyncio.to_thread(self._judge, number, messages, ids)
+
+    def _judge(self, number: int, messages: Any, ids: list[int]) -> None:
+        tally = self._tally
+        tally.num_done += 1
+        tally.num_tokens += len(ids)
+        tally.num_lost += len(ids) != self._tokens
+        params = SamplingParams(seed=number, max_tokens=self._tokens, ignore_eos=True)
+        [own] = self._pilot.generate([messages], params, guides={"helpful": 1.0})
+        if own.token_ids == ids:
+            return
+        place = next(i for i, (a, b) in enumerate(zip(own.token_ids, ids, strict=False)) if a != b)
+        tally.departures.append(self._nearness(number, messages, own.token_ids, place))
+
+    def _nearness(self, number: int, messages: Any, ids: list[int], place: int) -> float:
+        """Return how close the number that decided a draw was to a border of its token."""
+        prompt = render_prompt(self._pilot.tokenizer, messages)
+        context = Context(-1, Prompt(prompt), [*prompt, *ids[:place]])
+        law_V = self._pilot.engine.law([context], {"helpful": 1.0})[0].double().exp()
+        key = np.array([request_key(number, prompt)], dtype=np.uint64)
+        [drawn] = uniforms(key, np.array([place], dtype=np.uint64), Purpose.SAMPLE)
+        borders = (law_V / law_V.sum()).cumsum(0)
+        return float((borders - drawn).abs().min())
+
+
+async def soak(url: str, pilot: Pilot, options: argparse.Namespace) -> dict[str, Any]:
+    """Load, kill and watch; return the report."""
+    tally, until = Tally(), time.monotonic() + 60 * options.minutes
+    numbers = itertools.count(10**6)
+    clients = [Client(url, pilot, tally, options.tokens) for _ in range(options.streams)]
+    watch = asyncio.create_task(_hurt_and_watch(tally, until, options))
+    await asyncio.gather(*(client.run(numbers, until) for client in clients))
+    kills, memory = await watch
+    return {
+        "minutes": options.minutes,
+        "streams": options.streams,
+        "kills": dict(kills),
+        "answers": tally.num_done,
+        "tokens": tally.num_tokens,
+        "failed": tally.num_failed,
+        "lost_or_repeated": tally.num_lost,
+        "taken_up_by_clients": tally.num_resumed,
+        "departed": len(tally.departures),
+        "departed_beyond_near_ties": sum(gap > NEAR_TIE for gap in tally.departures),
+        "memory_mib": memory,
+    }
+
+
+async def _hurt_and_watch(
+    tally: Tally, until: float, options: argparse.Namespace
+) -> tuple[Counter[str], dict[str, dict[str, float]]]:
+    chance, kills = random.Random(0), Counter[str]()
+    seen: dict[str, list[float]] = {}
+    victims = itertools.cycle(VICTIMS)
+    with tqdm(total=round(60 * options.minutes), unit="s", ncols=100) as bar:
+        while (now := time.monotonic()) < until - options.every:
+            await asyncio.sleep(options.every)
+            bar.update(round(time.monotonic() - now))
+            bar.set_postfix_str(f"{tally.num_done} answers, {sum(kills.values())} kills")
+            for kind, mib in _memory().items():
+                seen.setdefault(kind, []).append(mib)
+            name = next(victims)
+            alive = _processes(f"ServeReplica:soak:{name}")
+            if len(alive) > 1:  # the last one is left to those who wait for it
+                os.kill(chance.choice(alive).pid, signal.SIGKILL)
+                kills[name] += 1
+    return kills, {
+        kind: {
+            "first_quarter": statistics.median(values[: max(1, len(values) // 4)]),
+            "last_quarter": statistics.median(values[-max(1, len(values) // 4) :]),
+            "most": max(values),
+        }
+        for kind, values in seen.items()
+    }
+
+
+def _processes(title: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if title in " ".join(process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def _memory() -> dict[str, float]:
+    """Return the resident MiB of the oldest process of each kind."""
+    titles = {
+        **{name: f"ServeReplica:soak:{name}" for name in (*VICTIMS, "Guides")},
+        "HTTP proxy": "ProxyActor",
+        "Serve controller": "ServeController",
+    }
+    memory = {}
+    for kind, title in titles.items():
+        alive = sorted(_processes(title), key=lambda process: process.create_time())
+        if alive:
+            memory[kind] = alive[0].memory_info().rss / 2**20
+    return memory
+
+
+def write_config(path: Path, *, root: Path, port: int) -> None:
+    search_path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm"), "placement": "remote"}
+    application = {
+        "name": "soak",
+        "route_prefix": "/",
+        "import_path": "serve.app:build",
+        "runtime_env": {"env_vars": {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}},
+        "args": {
+            "base": {"path": str(root / "kitchen/base"), "num_replicas": 2, "num_cpus": 0.1},
+            "guides": [{**guide, "num_replicas": 2, "num_cpus": 0.1, "precision": "full"}],
+            "ingress": {"num_replicas": 2, "num_cpus": 0.1},
+        },
+    }
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object on a line")
+    parser.add_argument("--root", default="runs", help="holds kitchen/base, kitchen/genarm")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--every", type=float, default=10, help="seconds between kills")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=100, help="per answer")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    root, port = Path(options.root).resolve(), free_port(8000)
+    cluster.connect(num_cpus=4)
+    kitchen = root / "kitchen"
+    pilot = Pilot(kitchen / "base", {"helpful": kitchen / "genarm"}, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "serve.yaml")
+        write_config(config, root=root, port=port)
+        with served(config, port=port):
+            report = asyncio.run(soak(f"http://127.0.0.1:{port}/v1", pilot, options))
+    sys.stdout.write(
+        json.dumps({**describe(1), **report}, indent=None if options.json else 2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

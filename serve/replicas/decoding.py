@@ -1,0 +1,216 @@
+"""One decode loop and the streams of tokens that come out of it."""
+
+import asyncio
+import itertools
+import logging
+import math
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from pilotfish.decode.engine import Engine
+from pilotfish.decode.sequence import PromptEvent, TokenEvent
+from pilotfish.errors import CheckpointError
+from serve.errors import EngineError
+from serve.replicas.engine_thread import EngineThread
+from serve.wire import Batch, GenerateRequest, guide_name, to_readings, to_request, to_token
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+OFF = "it was switched off"
+"""Why a guide does not answer, when somebody wanted that."""
+_LEAVE_AFTER_S = 0.5
+_ITEM_S = 0.002
+"""About what an item of a stream costs this process, the ingress and the proxy. All streams send no
+more of them than there is time for: a few streams get each token as it comes, many some at a time.
+"""
+
+
+def leave() -> None:
+    """End this process. Serve's router drops a dead replica at once, and an unhealthy one only
+    after some health checks, through which it would look idle and draw every request."""
+    os._exit(1)
+
+
+class Decoding:
+    """Decodes requests by continuous batching and streams their tokens.
+
+    Knows ids only. A request may begin with tokens another replica drew (`completed`): it goes on
+    behind them, so nothing here needs to survive.
+    """
+
+    def __init__(
+        self, engine: Engine, *, stall_s: float, leave: Callable[[], None] = leave
+    ) -> None:
+        """`leave` is called soon after the decode loop died."""
+        self.engine = engine
+        self.thread = EngineThread(
+            engine,
+            on_events=self._on_events,
+            on_give_up=self._on_give_up,
+            on_failure=self._on_failure,
+            stall_s=stall_s,
+        )
+        self._leave = leave
+        self._keys = itertools.count()
+        self._streams: dict[int, _Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def generate(
+        self, request: GenerateRequest, guide_keys: Mapping[str, str]
+    ) -> AsyncGenerator[tuple[Any, ...]]:
+        """Yield a completion as `wire.Batch` tuples, with all the tokens that there are at a time.
+
+        `guide_keys` are what the engine calls the guides that act, by name. Raises `PromptError`
+        for a request that can never be decoded, `GuideUnavailableError` when a remote guide of it
+        is gone, and `EngineError` when this replica cannot go on. Closing the stream frees the
+        request's slot at the next step.
+        """
+        key = next(self._keys)
+        job = to_request(key, request, guide_keys)
+        self.engine.check(job)
+        self._loop = asyncio.get_running_loop()
+        stream = self._streams[key] = _Stream()
+        spared = [
+            guide_keys[use.version.name]
+            for use in request["guides"]
+            if use.on_failure == "base" and use.version.name in guide_keys
+        ]
+        ended = False
+        try:
+            self.thread.submit(job, goes_on_without=spared)
+            while not ended:
+                batch = await stream.take(_ITEM_S * len(self._streams))
+                yield tuple(batch)
+                ended = batch.ended or (bool(batch.tokens) and batch.tokens[-1][5] is not None)
+        finally:
+            del self._streams[key]
+            if not ended:
+                self.thread.cancel(key)
+
+    async def ask(self, work: Callable[[], T]) -> T:
+        """Do something that needs the engine to itself, between two steps.
+
+        Raises what it raises.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def work_and_tell() -> None:
+            try:
+                result = work()
+            except Exception as error:
+                loop.call_soon_threadsafe(answer.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(answer.set_result, result)
+
+        self.thread.call(work_and_tell)
+        return await answer
+
+    def close(self) -> None:
+        """Stop the loop; open streams get nothing more."""
+        self.thread.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Return the process id, the requests here at this moment, and totals since the start."""
+        engine, drafts = self.engine, self.engine.draft_stats
+        return {
+            "pid": os.getpid(),
+            "num_open": self.thread.num_open,
+            "num_steps": self.thread.num_steps,
+            "num_running": engine.num_running,
+            "num_waiting": engine.num_waiting,
+            "num_preempted": engine.num_preempted,
+            "cache_share": engine.cache_share,
+            "step_seconds": engine.stats.seconds,
+            "guide_seconds": dict(engine.stats.guide_seconds),
+            "num_rounds": drafts.num_rounds,
+            "num_drafted": drafts.num_drafted,
+            "num_accepted": drafts.num_accepted,
+        }
+
+    def _on_events(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
+        assert self._loop is not None, "tokens come only after a request"
+        self._loop.call_soon_threadsafe(self._hand_out, events)
+
+    def _hand_out(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
+        for event in events:
+            self._put(event.key, event, event.finish_reason is not None)
+
+    def _on_give_up(self, key: int, guide: str) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._put, key, guide, False)
+
+    def _put(self, key: int, item: Any, urgent: bool) -> None:
+        if key in self._streams:
+            self._streams[key].put(item, urgent=urgent)
+
+    def _on_failure(self, keys: Sequence[int], error: BaseException) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._break, keys, error)
+
+    def _break(self, keys: Sequence[int], error: BaseException) -> None:
+        for key in keys:
+            self._put(key, error, True)
+        if isinstance(error, EngineError):
+            asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
+
+
+def check_law(law_RV: Tensor, guide: str) -> None:
+    """Raise `CheckpointError` unless each row of log-probs is a law."""
+    for total in law_RV.exp().sum(-1).tolist():
+        if not math.isclose(total, 1, abs_tol=1e-3):
+            raise CheckpointError(
+                f"guide {guide} gives log-probs whose probabilities sum to {total}. Its weights "
+                "are broken; train or upload it again."
+            )
+
+
+class _Stream:
+    """What is on its way to one caller."""
+
+    def __init__(self) -> None:
+        self._items: list[Any] = []
+        self._some = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._next_at = 0.0
+
+    def put(self, item: Any, *, urgent: bool) -> None:
+        """Add an event, the name of a guide that was given up, or an error."""
+        self._items.append(item)
+        self._some.set()
+        if urgent:
+            self._urgent.set()
+
+    async def take(self, pause_s: float) -> Batch:
+        """Wait for the next item, and take those that came with it; raise what broke the stream.
+
+        After the first time, does not return before `pause_s` have passed since the last, unless
+        the end is among the items. Tokens in front of an error are given up: they are drawn again,
+        and come out the same.
+        """
+        await self._some.wait()
+        loop = asyncio.get_running_loop()
+        if (left_s := self._next_at - loop.time()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), left_s)
+        self._next_at = loop.time() + pause_s
+        items, self._items = self._items, []
+        self._some.clear()
+        for item in items:
+            if isinstance(item, EngineError):
+                raise EngineError(*item.args)  # one traceback per stream
+            if isinstance(item, BaseException):
+                raise item
+        read = [item for item in items if isinstance(item, PromptEvent)]
+        return Batch(
+            [to_token(item) for item in items if isinstance(item, TokenEvent)],
+            [guide_name(item) for item in items if isinstance(item, str)],
+            [reading for event in read for reading in to_readings(event)],
+            any(event.finish_reason is not None for event in read),
+        )

@@ -17,6 +17,7 @@ from serve.replicas.following import CONTROL, control_handle
 from serve.replicas.guide_model import GuideModel
 from serve.replicas.response_guide import ResponseGuide
 from serve.replicas_config import ProcessConfig, ReplicasConfig
+from serve.routing import ROUTER
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 5}
@@ -83,6 +84,7 @@ def _base(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Applicatio
         max_ongoing_requests=config.base.ongoing,
         ray_actor_options=_resources(config.base),
         graceful_shutdown_timeout_s=_DRAIN_S,
+        request_router_config={"request_router_class": ROUTER},
         **_replicas(config.base, config.base.num_slots),
         **_HEALTH,
     )(BaseModel)
@@ -114,6 +116,7 @@ def _response_guide(config: ServeConfig, name: str, catalog: Catalog) -> Applica
         max_ongoing_requests=2 * num_slots,
         ray_actor_options=_resources(guide),
         graceful_shutdown_timeout_s=_DRAIN_S,
+        request_router_config={"request_router_class": ROUTER},
         **_replicas(guide, num_slots),
         **_HEALTH,
     )(ResponseGuide)

@@ -51,6 +51,8 @@ class GenerateRequest(TypedDict):
     draft: DraftUse | None
     completed: list[int]
     """Tokens drawn before, by whichever replica."""
+    attempt: str
+    """Names this call; another replica is asked by another one."""
     gave_up: list[str]
     """Names of guides that failed this request before, and which it goes on without."""
     read_from: NotRequired[int]

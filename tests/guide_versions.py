@@ -129,6 +129,7 @@ def request(
         draft=None,
         completed=[],
         gave_up=[],
+        attempt="r#0",
     )
 
 

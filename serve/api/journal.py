@@ -15,7 +15,9 @@ from typing import Any, Protocol, TypeVar
 
 from pilotfish.chat import Message
 from serve.api.visit import current_visit
+from serve.errors import cause_of
 from serve.retries import StreamBrokenError, is_retryable
+from serve.routing import suspect
 from serve.wire import Batch, DraftUse, GenerateRequest, GuideUse, Token
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,11 @@ class Journal:
     num_failovers: int = 0
     priority: int = 0
 
+    @property
+    def attempt(self) -> str:
+        """What the present call to a replica is named."""
+        return f"{self.request_id}#{self.num_failovers}"
+
     def request(self) -> GenerateRequest:
         """Return what any replica needs to go on from here."""
         request = GenerateRequest(
@@ -79,6 +86,7 @@ class Journal:
             draft=self.draft,
             completed=list(self.completed),
             gave_up=list(self.gave_up),
+            attempt=self.attempt,
         )
         if self.read_from is not None:
             request["read_from"] = max(1, self.read_from) + len(self.readings)
@@ -131,6 +139,8 @@ async def follow(
             failures = 1 if _progress(journal) > before else failures + 1
             if not is_retryable(error) or failures >= patience.max_attempts:
                 raise
+            if isinstance(cause_of(error), TimeoutError):
+                suspect(journal.attempt)
             journal.num_failovers += 1
             current_visit().fail_over(error, len(journal.completed))
             logger.warning(

@@ -72,6 +72,7 @@ class Parts:
             draft=None,
             completed=completed or [],
             gave_up=[],
+            attempt="r#0",
         )
 
 

@@ -110,8 +110,10 @@ def test_a_dead_replica_loses_no_token_at_any_position(
 def test_every_attempt_has_the_same_prompt_parameters_and_guides() -> None:
     replicas = Replicas(dying(3, ActorDiedError()), dying(3, ActorDiedError()), healthy)
     collect(replicas, journal())
-    first, *others = ({**request, "completed": []} for request in replicas.requests)
+    own = {"completed": [], "attempt": ""}
+    first, *others = ({**request, **own} for request in replicas.requests)
     assert others == [first, first]
+    assert len({request["attempt"] for request in replicas.requests}) == 3
 
 
 def test_a_skipped_position_is_drawn_again_and_nothing_is_repeated() -> None:

@@ -38,6 +38,11 @@ class Deployed:
         handle: Any = serve.get_deployment_handle(deployment, self.name)
         return handle.broadcast("stats").results()
 
+    def has_running(self, deployment: str, number: int) -> bool:
+        """Whether so many replicas of a deployment run, and none is on its way up or down."""
+        states = serve.status().applications[self.name].deployments[deployment].replica_states
+        return states == {"RUNNING": number}
+
     def processes(self, deployment: str) -> list[psutil.Process]:
         """Return the processes of a deployment's replicas on this machine."""
         title = f"ServeReplica:{self.name}:{deployment}"

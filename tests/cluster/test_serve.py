@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import openai
+import psutil
 import pytest
 import requests
 
@@ -163,7 +164,7 @@ def test_a_client_that_goes_away_frees_its_slot(world: World) -> None:
 
 @pytest.mark.parametrize("deployment", ["BaseModel", "Guide:far", "Pipeline"])
 def test_a_killed_replica_loses_nothing(world: World, deployment: str) -> None:
-    until(lambda: len(world.app.processes(deployment)) == 2, timeout_s=60)
+    until(lambda: world.app.has_running(deployment, 2), timeout_s=60)
     chance = random.Random(deployment)
     at = chance.randrange(10, 100)
 
@@ -181,13 +182,16 @@ def test_a_killed_replica_loses_nothing(world: World, deployment: str) -> None:
 
 
 def test_a_stuck_base_replica_is_left(world: World) -> None:
-    until(lambda: len(world.app.processes("BaseModel")) == 2, timeout_s=60)
+    until(lambda: world.app.has_running("BaseModel", 2), timeout_s=60)
     stopped = []
 
     async def stop(readers: list[Reader]) -> None:
         while max(len(one.ids) for one in readers) < 20:
             await asyncio.sleep(0.01)
-        stopped.append(world.app.processes("BaseModel")[0])
+        stats = await asyncio.to_thread(world.app.stats, "BaseModel")
+        busiest = max(stats, key=lambda one: one["num_open"])
+        assert busiest["num_open"] > 0
+        stopped.append(psutil.Process(busiest["pid"]))
         world.app.kill(stopped[0], signal.SIGSTOP)
 
     seeds = list(range(20, 24))
@@ -200,7 +204,7 @@ def test_a_stuck_base_replica_is_left(world: World) -> None:
 
 
 def test_a_moved_alias_swaps_the_guide_under_load(world: World) -> None:
-    until(lambda: len(world.app.processes("BaseModel")) == 2, timeout_s=60)
+    until(lambda: world.app.has_running("BaseModel", 2), timeout_s=60)
     until(lambda: all("near@1" in one["guides"] for one in world.app.stats("BaseModel")), 60)
     later: list[Reader] = []
 

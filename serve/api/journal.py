@@ -17,7 +17,7 @@ from pilotfish.chat import Message
 from serve.api.visit import current_visit
 from serve.errors import cause_of
 from serve.retries import StreamBrokenError, is_retryable
-from serve.routing import suspect
+from serve.suspicions import suspect
 from serve.wire import Batch, DraftUse, GenerateRequest, GuideUse, Token
 
 logger = logging.getLogger(__name__)

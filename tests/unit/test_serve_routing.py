@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 
-from serve import routing
-from serve.routing import AvoidingRouter, suspect
+from serve import suspicions
+from serve.routing import AvoidingRouter
+from serve.suspicions import suspect
 
 
 def replica(name: str) -> Any:
@@ -23,8 +24,8 @@ def router(monkeypatch: pytest.MonkeyPatch) -> AvoidingRouter:
         return [candidates[:2]]
 
     monkeypatch.setattr(PowerOfTwoChoicesRequestRouter, "choose_replicas", first_two)
-    monkeypatch.setattr(routing, "_routed", type(routing._routed)())
-    monkeypatch.setattr(routing, "_silent_since", {})
+    monkeypatch.setattr(suspicions, "_routed", type(suspicions._routed)())
+    monkeypatch.setattr(suspicions, "_silent_since", {})
     return AvoidingRouter.__new__(AvoidingRouter)
 
 
@@ -57,7 +58,7 @@ def test_a_silent_replica_is_avoided_while_there_are_others(router: AvoidingRout
 def test_trust_comes_back(router: AvoidingRouter, monkeypatch: pytest.MonkeyPatch) -> None:
     send(router, "r#0", "a")
     suspect("r#0")
-    monkeypatch.setattr(routing, "_AVOID_S", 0.0)
+    monkeypatch.setattr(suspicions, "_AVOID_S", 0.0)
     assert chosen(router, "a", "b") == ["a", "b"]
 
 

@@ -7,8 +7,9 @@ process, so that what one stream has found out keeps the others away.
 
 from typing import Any
 
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
-from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from serve.suspicions import is_trusted, note_routed
 

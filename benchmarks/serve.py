@@ -21,13 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from benchmarks.machine import describe
 from benchmarks.serve_load import Found, Load
 from jobs import cluster
-from jobs.serving import free_port, served
+from jobs.serving import application, free_port, served, write_serve_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACEMENTS = ("colocated", "remote")
@@ -148,30 +147,19 @@ def _side(rounds: Sequence[Found]) -> Side:
 
 def write_config(path: Path, *, root: Path, port: int) -> None:
     """Write a Serve config with an application per placement of the guide."""
-    search_path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    environment = {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
 
-    def application(placement: str) -> dict[str, Any]:
+    def placed(placement: str) -> dict[str, Any]:
         guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm")}
         process = {"placement": "remote", "num_cpus": 0.1} if placement == "remote" else {}
-        return {
-            "name": placement,
-            "route_prefix": f"/{placement}",
-            "import_path": "serve.app:build",
-            "runtime_env": {"env_vars": environment},
-            "args": {
-                "base": {"path": str(root / "kitchen" / "base"), "num_cpus": 0.1},
-                "guides": [{**guide, **process}],
-                "ingress": {"num_cpus": 0.1},
-            },
+        args = {
+            "base": {"path": str(root / "kitchen" / "base"), "num_cpus": 0.1},
+            "guides": [{**guide, **process}],
+            "ingress": {"num_cpus": 0.1},
         }
+        return application(placement, args, route=f"/{placement}", OMP_NUM_THREADS="1")
 
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [application(placement) for placement in PLACEMENTS],
-    }
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    applications = [placed(placement) for placement in PLACEMENTS]
+    write_serve_config(path, applications, port=port, proxy_location="HeadOnly")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -30,18 +30,16 @@ from typing import Any
 import numpy as np
 import openai
 import psutil
-import yaml
 from tqdm import tqdm
 
 from benchmarks.machine import describe
 from jobs import cluster
-from jobs.serving import free_port, served
+from jobs.serving import application, free_port, served, write_serve_config
 from pilotfish import Pilot, SamplingParams, world
 from pilotfish.chat import render_prompt
 from pilotfish.context import Context, Prompt
 from pilotfish.noise import Purpose, request_key, uniforms
 
-ROOT = Path(__file__).resolve().parents[1]
 VICTIMS = ("BaseModel", "Guide:helpful", "Pipeline")
 NEAR_TIE = 1e-3
 """In probability, between the number that decided a draw and the nearest border of a token."""
@@ -209,21 +207,14 @@ def _memory() -> dict[str, float]:
 
 
 def write_config(path: Path, *, root: Path, port: int) -> None:
-    search_path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    """Write a Serve config with two replicas of everything that is killed."""
     guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm"), "placement": "remote"}
-    application = {
-        "name": "soak",
-        "route_prefix": "/",
-        "import_path": "serve.app:build",
-        "runtime_env": {"env_vars": {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}},
-        "args": {
-            "base": {"path": str(root / "kitchen/base"), "num_replicas": 2, "num_cpus": 0.1},
-            "guides": [{**guide, "num_replicas": 2, "num_cpus": 0.1, "precision": "full"}],
-            "ingress": {"num_replicas": 2, "num_cpus": 0.1},
-        },
+    args = {
+        "base": {"path": str(root / "kitchen/base"), "num_replicas": 2, "num_cpus": 0.1},
+        "guides": [{**guide, "num_replicas": 2, "num_cpus": 0.1, "precision": "full"}],
+        "ingress": {"num_replicas": 2, "num_cpus": 0.1},
     }
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_serve_config(path, [application("soak", args, OMP_NUM_THREADS="1")], port=port)
 
 
 def main(argv: Sequence[str]) -> None:

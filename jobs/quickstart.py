@@ -19,7 +19,7 @@ from jobs import cluster
 from jobs.config import JobConfig
 from jobs.evaluate import evaluate
 from jobs.evaluation_config import EvaluationConfig
-from jobs.serving import free_port, served, write_serve_config
+from jobs.serving import application, free_port, served, write_serve_config
 from jobs.tracking import tracking_uri
 from jobs.train import train
 from pilotfish import config as configs
@@ -70,7 +70,12 @@ def _run(root: Path) -> None:
     headline("5/5  Serve base and guide on Ray Serve, and ask both through the OpenAI client")
     port = free_port(8000)
     serve_config = root / "kitchen" / "serve.yaml"
-    write_serve_config(serve_config, base=base, guides={GUIDE: guide}, port=port)
+    args = {
+        "base": {"path": str(base), "num_cpus": 0.5},
+        "guides": [{"name": GUIDE, "path": str(guide)}],
+        "ingress": {"num_cpus": 0.5},
+    }
+    write_serve_config(serve_config, [application("pilotfish", args)], port=port)
     with served(serve_config, port=port) as client:
         show_before_and_after(client)
     show_what_next(root, base_job, serve_config, Path(evaluation.output))

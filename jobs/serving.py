@@ -5,9 +5,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import ray
@@ -19,21 +20,29 @@ from jobs.cluster import REPOSITORY
 from pilotfish.errors import PilotfishError
 
 
-def write_serve_config(path: Path, *, base: Path, guides: dict[str, Path], port: int) -> None:
-    """Write a Serve config file for a base and its colocated guides."""
+def application(
+    name: str, args: Mapping[str, Any], *, route: str = "/", **environment: str
+) -> dict[str, Any]:
+    """Return one application of a Serve config; its processes find the code of this repository."""
     search_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")])
-    application = {
-        "name": "pilotfish",
-        "route_prefix": "/",
+    return {
+        "name": name,
+        "route_prefix": route,
         "import_path": "serve.app:build",
-        "runtime_env": {"env_vars": {"PYTHONPATH": search_path}},
-        "args": {
-            "base": {"path": str(base), "num_cpus": 0.5},
-            "guides": [{"name": name, "path": str(folder)} for name, folder in guides.items()],
-            "ingress": {"num_cpus": 0.5},
-        },
+        "runtime_env": {"env_vars": {"PYTHONPATH": search_path, **environment}},
+        "args": dict(args),
     }
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+
+
+def write_serve_config(
+    path: Path, applications: Sequence[Mapping[str, Any]], *, port: int, **settings: Any
+) -> None:
+    """Write a Serve config file that listens on this machine alone.
+
+    `settings` are other fields of such a file.
+    """
+    http = {"host": "127.0.0.1", "port": port}
+    config = {**settings, "http_options": http, "applications": [dict(a) for a in applications]}
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 

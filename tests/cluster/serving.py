@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,10 +13,10 @@ from typing import Any
 import openai
 import psutil
 import requests
-import yaml
 from ray import serve
 
-ROOT = Path(__file__).resolve().parents[2]
+from jobs.cluster import REPOSITORY
+from jobs.serving import application, free_port, write_serve_config
 
 
 class Deployed:
@@ -65,27 +64,15 @@ def deployed(
     dashboard: str, folder: Path, args: dict[str, Any], *, name: str, timeout_s: float = 120
 ) -> Iterator[Deployed]:
     """Send an application to the cluster with `serve deploy`; take it down in the end."""
-    port = free_port()
+    port = free_port(0)
     config = folder / f"{name}.yaml"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    application = {
-        "name": name,
-        "route_prefix": "/",
-        "import_path": "serve.app:build",
-        "runtime_env": {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-        "args": args,
-    }
-    tree = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [application],
-    }
-    config.write_text(yaml.safe_dump(tree))
+    one = application(name, args, OMP_NUM_THREADS="1")
+    write_serve_config(config, [one], port=port, proxy_location="HeadOnly")
     command = [str(Path(sys.executable).parent / "serve"), "deploy", str(config)]
     try:
         subprocess.run(
             [*command, "--address", dashboard],
-            cwd=ROOT,
+            cwd=REPOSITORY,
             check=True,
             capture_output=True,
             timeout=timeout_s,
@@ -139,9 +126,3 @@ def until(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"still not so after {timeout_s} s"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -17,16 +17,7 @@ from tests.guide_versions import (
     until,
 )
 
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    return Registry(tmp_path_factory.mktemp("registry"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.guides._RETRY_S", 0.01)
-    monkeypatch.setattr("serve.replicas.following._RETRY_S", 0.05)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_an_unknown_guide_is_not_found(registry: Registry) -> None:

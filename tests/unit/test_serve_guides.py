@@ -24,16 +24,7 @@ from tests.guide_versions import (
 )
 from tests.handles import LocalHandle
 
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    return Registry(tmp_path_factory.mktemp("registry"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.guides._RETRY_S", 0.01)
-    monkeypatch.setattr("serve.replicas.following._RETRY_S", 0.05)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_moved_alias_swaps_the_guide_on_all_replicas(registry: Registry) -> None:

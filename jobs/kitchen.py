@@ -1,6 +1,6 @@
 """Train everything there is on the miniature world, measure it, and write one table.
 
-    python -m jobs.kitchen [--root runs] [--jobs 3] [--only NAME ...]
+    python -m jobs.kitchen [--root runs] [--jobs 2] [--only NAME ...]
 
 Stages that were trained before from the same settings are not trained again. Exit codes: 0 done, 1
 a stage failed or fell short of what it must show.
@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m jobs.kitchen", description=__doc__)
     parser.add_argument("--root", default="runs", help="folder of everything that is made")
-    # One more than there are cores: a stage that starts mostly waits.
-    num_jobs = (os.cpu_count() or 1) + 1
-    parser.add_argument("--jobs", type=int, default=num_jobs, help="stages at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="stages at a time")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="stages, with what they need")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import cluster
-from jobs.kitchen_stages import STAGES, Failed, run_stages
+from jobs.kitchen_stages import STAGES
 from jobs.kitchen_table import check_shape, draw_table, measure, write_table
+from jobs.stages import Failed, run_stages, with_needs
 from pilotfish.errors import PilotfishError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         cluster.connect(num_cpus=args.jobs)
-        run_stages(root, names=args.only, num_jobs=args.jobs)
+        names = with_needs(args.only or list(STAGES), STAGES)
+        run_stages(
+            {name: STAGES[name] for name in names},
+            root,
+            logs=root / "kitchen" / "logs",
+            num_lanes=args.jobs,
+            label="kitchen",
+        )
         if args.only:
             return 0
         rows = measure(root)

@@ -46,6 +46,11 @@ class ProgressBoard:
         return self._step, self._total, self._note
 
 
+def refresh_seconds() -> float:
+    """Return how long a bar waits between refreshes where it writes to."""
+    return _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[Any]:
     """Show a bar while the block runs; gives the actor handle that workers `post` to."""
@@ -62,11 +67,10 @@ def progress_bar(label: str) -> Iterator[Any]:
 
 
 def _show(board: Any, label: str, stop: threading.Event) -> None:
-    interval = _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
     # Not `dynamic_ncols`: a pseudo-terminal of unknown width would be a bar of no width.
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
     with tqdm(
-        desc=label, unit="step", mininterval=interval, ncols=width, disable=are_hidden()
+        desc=label, unit="step", mininterval=refresh_seconds(), ncols=width, disable=are_hidden()
     ) as bar:
         bar.set_postfix_str("starting workers")
         while not stop.wait(_POLL_SECONDS):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import yaml
@@ -21,7 +21,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 
 from jobs.cluster import REPOSITORY
-from jobs.config import TrackingConfig
+
+if TYPE_CHECKING:  # Ray Train's controller imports this module, and would spend seconds on torch
+    from jobs.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,9 @@ class TrackedRun:
     def log_figure(self, figure: Any, name: str) -> None:
         self.client.log_figure(self.run_id, figure, name)
 
-    def register(self, folder: str | Path, *, config: TrackingConfig, tags: dict[str, str]) -> str:
+    def register(
+        self, folder: str | Path, *, config: "TrackingConfig", tags: dict[str, str]
+    ) -> str:
         """Upload a model folder, make it a version of `config.register_as`, and move the alias.
 
         Returns the version. The folder comes back from `models:/<name>@<alias>`.
@@ -96,7 +100,7 @@ class MetricsWriter(ray.train.UserCallback):
 
 @contextmanager
 def tracked_run(
-    config: TrackingConfig,
+    config: "TrackingConfig",
     *,
     root: str | Path,
     name: str,
@@ -145,7 +149,7 @@ def _reopen(client: MlflowClient, run_id: str) -> bool:
     return True
 
 
-def tracking_uri(config: TrackingConfig, root: str | Path) -> str:
+def tracking_uri(config: "TrackingConfig", root: str | Path) -> str:
     """Return the tracking server: of the config, the environment, or a file under the root."""
     default = f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
@@ -188,7 +192,7 @@ def curves_figure(
     return figure
 
 
-def _experiment(client: MlflowClient, config: TrackingConfig, root: str | Path) -> str:
+def _experiment(client: MlflowClient, config: "TrackingConfig", root: str | Path) -> str:
     name = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pilotfish"
     found = client.get_experiment_by_name(name)
     if found is not None:

@@ -160,7 +160,8 @@ def _fit(
         )
         trainer = TorchTrainer(
             loop,
-            train_loop_config={"job": job},
+            # By reference: Ray Train's controller would import for nothing what settings are of.
+            train_loop_config={"job": ray.put(job)},
             scaling_config=ScalingConfig(
                 num_workers=config.scaling.num_workers,
                 use_gpu=config.scaling.use_gpu,

@@ -31,8 +31,11 @@ class WorkerSettings:
 
 
 def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Train to the end, or from the last checkpoint to the end; return all reports."""
-    job: WorkerSettings = settings["job"]
+    """Train to the end, or from the last checkpoint to the end; return all reports.
+
+    `settings["job"]` is an object reference of the `WorkerSettings`.
+    """
+    job: WorkerSettings = ray.get(settings["job"])
     _set_log_levels()
     torch.set_num_threads(job.config.scaling.threads)
     every = job.config.tracking.system_metrics_every

@@ -84,7 +84,7 @@ def _be_stuck(root: Path) -> None:
 def _loop(
     settings: dict[str, Any], at_steps: Mapping[int, Callable[[Path], None]]
 ) -> list[dict[str, float]]:
-    job: WorkerSettings = settings["job"]
+    job: WorkerSettings = ray.get(settings["job"])
     root = Path(job.config.root)
     if dist.get_rank() == 0:
         _note_start(root)

@@ -1,14 +1,13 @@
 """The kitchen's stages and table, without training anything."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.config import JobConfig
-from jobs.kitchen_stages import STAGES, Failed, Stage, run_stages, wanted_stages
+from jobs.kitchen_stages import STAGES
 from jobs.kitchen_table import (
     METHODS,
     Check,
@@ -19,6 +18,7 @@ from jobs.kitchen_table import (
     write_table,
 )
 from jobs.resolve import resolved
+from jobs.stages import with_needs
 from pilotfish import config as configs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "kitchen"
@@ -45,38 +45,7 @@ def test_stages_come_after_what_they_need_and_every_method_has_its_stages() -> N
         assert all(order.index(need) < order.index(name) for need in stage.needs)
     for method in METHODS:
         assert {method.base, *method.guides} <= set(STAGES)
-    assert wanted_stages(["morl"]) == ["base", "reward_helpful", "reward_harmless", "morl"]
-
-
-class Script(Stage):
-    """A stage that notes when it runs."""
-
-    def command(self, name: str, root: Path) -> list[str]:
-        code = f"open(r'{root}/order', 'a').write('{name} '); {self.arguments[0]}"
-        return [sys.executable, "-c", code]
-
-
-def scripts(**code: str) -> dict[str, Stage]:
-    needs = {"b": ("a",), "c": ("a",), "d": ("b", "c")}
-    return {
-        name: Script(arguments=(text,), needs=needs.get(name, ())) for name, text in code.items()
-    }
-
-
-def test_stages_run_behind_their_needs_and_their_seconds_are_told(tmp_path: Path) -> None:
-    stages = scripts(a="", b="", c="", d="")
-    seconds = run_stages(tmp_path, num_jobs=2, stages=stages)
-    order = (tmp_path / "order").read_text().split()
-    assert order[0] == "a"
-    assert order[-1] == "d"
-    assert set(seconds) == set(order) == set(stages)
-
-
-def test_a_stage_that_fails_ends_the_run_with_the_end_of_its_log(tmp_path: Path) -> None:
-    stages = scripts(a="", b="print('out of eggs'); raise SystemExit(3)", c="", d="")
-    with pytest.raises(Failed, match=r"stage b ended with exit code 3(.|\n)*out of eggs"):
-        run_stages(tmp_path, num_jobs=1, stages=stages)
-    assert "d" not in (tmp_path / "order").read_text().split()
+    assert with_needs(["morl"], STAGES) == [*("base", "reward_helpful", "reward_harmless", "morl")]
 
 
 def row(name: str, **changes: Any) -> Row:

@@ -56,9 +56,21 @@ def draft_seed(seed: int, number: int) -> int:
 
     It does not depend on how many drafts there are, so more drafts only add to fewer.
     """
+    return _derived(seed, number, b"draft")
+
+
+def choice_seed(seed: int, number: int) -> int:
+    """Return the seed of one of a request's choices; choice 0 has the request's own.
+
+    No draft of any choice shares it: choices are independent, whatever selects among their drafts.
+    """
+    return _derived(seed, number, b"choice")
+
+
+def _derived(seed: int, number: int, purpose: bytes) -> int:
     if number == 0:
         return seed
-    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8, person=b"draft")
+    digest = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8, person=purpose)
     digest.update(number.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 

@@ -14,7 +14,7 @@ from pilotfish.chat import PromptInput, render_prompt
 from pilotfish.context import Prompt
 from pilotfish.errors import PromptError
 from pilotfish.guides.base import Stage
-from pilotfish.noise import draft_seed
+from pilotfish.noise import choice_seed
 from serve.api.answers import ChatShape, Header, Shape, TextShape
 from serve.api.checks import (
     check_chain,
@@ -169,7 +169,7 @@ class Planner:
                     request_id=request_id if index == 0 else f"{request_id}-{index}",
                     session_id=caller.session_id or body.session_id,
                     prompt=prompt,
-                    params={**params, "seed": draft_seed(seed, number)},
+                    params={**params, "seed": choice_seed(seed, number)},
                     completed=body.completed_token_ids,
                     keep_stop=body.include_stop_str_in_output,
                     echo=self._text(prompt) if echo else "",

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pilotfish.decode.sequence import Drafting
-from pilotfish.noise import draft_seed
+from pilotfish.noise import choice_seed, draft_seed
 from tests.http_api import MESSAGES, Server, chat, complete, events_of, text_of
 
 
@@ -20,11 +20,11 @@ def streamed(events: list[Any], index: int = 0) -> str:
     return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for c in own)
 
 
-def test_choice_i_is_what_pilot_writes_with_the_seed_of_draft_i(server: Server) -> None:
+def test_choice_i_is_what_pilot_writes_with_the_seed_of_choice_i(server: Server) -> None:
     body = chat(server.pipeline(), model="base:helpful", n=4, seed=6).json()
     texts = [choice["message"]["content"] for choice in body["choices"]]
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
-    seeds = [draft_seed(6, i) for i in range(4)]
+    seeds = [choice_seed(6, i) for i in range(4)]
     found = [server.completion(MESSAGES, {"helpful": 0.5}, seed=s, max_tokens=8) for s in seeds]
     assert texts == [one.text for one in found]
     assert len(set(texts)) == 4
@@ -34,6 +34,14 @@ def test_choice_i_is_what_pilot_writes_with_the_seed_of_draft_i(server: Server) 
     assert alone["usage"]["prompt_tokens"] == body["usage"]["prompt_tokens"]
     kl = [value for one in found for value in one.kl]
     assert body["guides"][0]["mean_kl"] == pytest.approx(sum(kl) / len(kl))
+
+
+def test_choices_that_are_selected_among_drafts_share_none_of_them(server: Server) -> None:
+    best = {"model": "base", "guides": [{"name": "best"}], "n": 3, "seed": 6}
+    texts = [c["message"]["content"] for c in chat(server.pipeline(), **best).json()["choices"]]
+    seeds = [choice_seed(6, i) for i in range(3)]
+    assert texts == [server.text(MESSAGES, {"best": 1}, seed=s, max_tokens=8) for s in seeds]
+    assert len({draft_seed(seed, i) for seed in seeds for i in range(3)}) == 9
 
 
 def test_a_stream_of_several_choices_is_each_of_them_in_pieces(server: Server) -> None:
@@ -51,7 +59,7 @@ def test_choices_of_several_prompts_come_prompt_by_prompt(server: Server) -> Non
     prompts = ["the cat sat", "the dog"]
     ids = [server.pilot.tokenizer.encode(prompt) for prompt in prompts]
     expected = [
-        server.text(prompt, {}, seed=draft_seed(1, i), max_tokens=8)
+        server.text(prompt, {}, seed=choice_seed(1, i), max_tokens=8)
         for prompt in prompts
         for i in range(2)
     ]

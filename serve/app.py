@@ -20,7 +20,11 @@ from serve.replicas_config import ProcessConfig, ReplicasConfig
 from serve.routing import ROUTER
 
 _STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-_HEALTH: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 5}
+_COMMON: dict[str, Any] = {
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 5,
+    "logging_config": {"enable_access_log": False},  # a line per call; the ingress writes its own
+}
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
 # Every replica of the application waits at `Guides` for changes.
@@ -52,7 +56,7 @@ def build(args: dict[str, Any] | ServeConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
         graceful_shutdown_timeout_s=0,  # whoever waits there for news can go without
-        **_HEALTH,
+        **_COMMON,
     )(Guides)
     control = guides.bind(config, catalog, replicas)
     return _ingress(config, catalog, base, {**remote, **revising}, control)
@@ -73,7 +77,7 @@ def _ingress(
         ray_actor_options={"num_cpus": ingress.num_cpus},
         graceful_shutdown_timeout_s=_DRAIN_S,
         **_replicas(ingress, ingress.max_in_flight),
-        **_HEALTH,
+        **_COMMON,
     )(serve.ingress()(Pipeline))
     return deployment.bind(ingress, catalog, base, dict(guides), control)
 
@@ -86,7 +90,7 @@ def _base(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Applicatio
         graceful_shutdown_timeout_s=_DRAIN_S,
         request_router_config={"request_router_class": ROUTER},
         **_replicas(config.base, config.base.num_slots),
-        **_HEALTH,
+        **_COMMON,
     )(BaseModel)
     return deployment.bind(config, catalog, dict(remote), control=control_handle)
 
@@ -100,9 +104,8 @@ def _guide(config: ServeConfig, name: str, catalog: Catalog) -> Application:
         ray_actor_options=_resources(guide),
         # Calls of one base replica go where its caches are.
         request_router_config={"request_router_class": _STICKY},
-        logging_config={"enable_access_log": False},  # one line per token otherwise
         **_replicas(guide, 1),
-        **_HEALTH,
+        **_COMMON,
     )(GuideModel)
     slots = config.guide_slots(guide)
     return deployment.bind(guide, catalog, num_slots=slots, control=control_handle)
@@ -118,7 +121,7 @@ def _response_guide(config: ServeConfig, name: str, catalog: Catalog) -> Applica
         graceful_shutdown_timeout_s=_DRAIN_S,
         request_router_config={"request_router_class": ROUTER},
         **_replicas(guide, num_slots),
-        **_HEALTH,
+        **_COMMON,
     )(ResponseGuide)
     return deployment.bind(config, name, catalog, control=control_handle)
 

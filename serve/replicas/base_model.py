@@ -85,7 +85,12 @@ class BaseModel:
             device=device,
         )
         engine = Engine(base, end_ids=self._host.end_ids, tokenizer=tokenizer)
-        self._decoding = Decoding(engine, stall_s=config.base.stall_s, leave=leave)
+        self._decoding = Decoding(
+            engine,
+            stall_s=config.base.stall_s,
+            items_per_second=config.items_per_second,
+            leave=leave,
+        )
         self._shelf = Shelf(self._load, self._drop)
         self._off: frozenset[str] = frozenset()
         """Names of guides that are switched off."""

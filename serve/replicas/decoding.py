@@ -25,10 +25,6 @@ T = TypeVar("T")
 OFF = "it was switched off"
 """Why a guide does not answer, when somebody wanted that."""
 _LEAVE_AFTER_S = 0.5
-_ITEM_S = 0.002
-"""About what an item of a stream costs this process, the ingress and the proxy. All streams send no
-more of them than there is time for: a few streams get each token as it comes, many some at a time.
-"""
 
 
 def leave() -> None:
@@ -45,10 +41,19 @@ class Decoding:
     """
 
     def __init__(
-        self, engine: Engine, *, stall_s: float, leave: Callable[[], None] = leave
+        self,
+        engine: Engine,
+        *,
+        stall_s: float,
+        items_per_second: float,
+        leave: Callable[[], None] = leave,
     ) -> None:
-        """`leave` is called soon after the decode loop died."""
+        """`items_per_second` is what all streams together send; see `ServeConfig`.
+
+        `leave` is called soon after the decode loop died.
+        """
         self.engine = engine
+        self._items_per_second = items_per_second
         self.thread = EngineThread(
             engine,
             on_events=self._on_events,
@@ -85,7 +90,7 @@ class Decoding:
         try:
             self.thread.submit(job, goes_on_without=spared)
             while not ended:
-                batch = await stream.take(_ITEM_S * len(self._streams))
+                batch = await stream.take(len(self._streams) / self._items_per_second)
                 yield tuple(batch)
                 ended = batch.ended or (bool(batch.tokens) and batch.tokens[-1][5] is not None)
         finally:

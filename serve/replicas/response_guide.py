@@ -57,7 +57,12 @@ class ResponseGuide:
         self._guide = config.guide(name)
         torch.set_num_threads(self._guide.threads)
         self._num_slots = config.guide_slots(self._guide)
-        self._stall_s, self._leave = config.base.stall_s, leave
+        self._open = functools.partial(
+            Decoding,
+            stall_s=config.base.stall_s,
+            items_per_second=config.items_per_second,
+            leave=leave,
+        )
         self._shelf: Shelf[Decoding] = Shelf(self._load, lambda _, decoding: decoding.close())
         self._off = False
         """Whether the guide is switched off."""
@@ -133,7 +138,7 @@ class ResponseGuide:
             folder, device=device, dtype=self._guide.dtype, num_slots=self._num_slots
         )
         engine = Engine(lm, end_ids=end_ids, tokenizer=tokenizer)
-        return Decoding(engine, stall_s=self._stall_s, leave=self._leave)
+        return self._open(engine)
 
 
 def _probe(engine: Engine) -> Tensor:

@@ -6,6 +6,9 @@ Serves `kitchen/base` under `kitchen/genarm` twice on one local Ray cluster, wit
 base's process and in a replica of its own, and asks the same questions of each and of an engine in
 a process of its own, in turns within each round; ratios are medians over rounds. Clients, the HTTP
 proxy, the ingress and the models share this machine's cores, as they would not elsewhere.
+
+A third application has few places; it is asked by as many clients as it admits, and by four times
+as many, who come back when they are told to: what it gets done must not suffer.
 """
 
 import argparse
@@ -30,6 +33,9 @@ from jobs.serving import application, free_port, served, write_serve_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACEMENTS = ("colocated", "remote")
+NARROW = "narrow"
+NUM_PLACES = 8
+"""Of the narrow application; as many requests wait."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,17 @@ class Row:
     ratios: tuple[float, float]
     """The least and the greatest of all rounds."""
     first_token_overhead_ms: float
+
+
+@dataclass(frozen=True)
+class Overload:
+    """The narrow application, by tokens per second."""
+
+    at_capacity: float
+    at_four_times: float
+    ratio: float
+    num_refused: int
+    """Answers of 429 in a round, the median."""
 
 
 class Asker:
@@ -96,7 +113,7 @@ def measure(options: argparse.Namespace, askers: dict[str, Asker]) -> list[Row]:
             for number in range(options.rounds + 1):
                 load = Load(
                     num_streams=num_streams,
-                    num_requests=max(options.requests, 2 * num_streams),
+                    num_requests=max(options.requests, 4 * num_streams),
                     num_tokens=options.tokens,
                     seed=100 * number,
                 )
@@ -107,6 +124,31 @@ def measure(options: argparse.Namespace, askers: dict[str, Asker]) -> list[Row]:
                 bar.update()
             rows += [_row(name, num_streams, found) for name in PLACEMENTS]
     return rows
+
+
+def overload(asker: Asker, options: argparse.Namespace) -> Overload:
+    """Ask what the narrow application admits, and four times that, in turns."""
+    capacity = 2 * NUM_PLACES
+
+    def found(factor: int, number: int) -> Found:
+        load = Load(
+            num_streams=factor * capacity,
+            num_requests=12 * capacity,
+            num_tokens=options.tokens,
+            seed=100 * number,
+        )
+        return asker.run(load)
+
+    found(1, 0)  # warms up
+    rounds = [(found(1, number), found(4, number)) for number in range(1, options.rounds + 1)]
+    return Overload(
+        at_capacity=statistics.median(one.tokens_per_second for one, _ in rounds),
+        at_four_times=statistics.median(four.tokens_per_second for _, four in rounds),
+        ratio=statistics.median(
+            four.tokens_per_second / one.tokens_per_second for one, four in rounds
+        ),
+        num_refused=round(statistics.median(four.num_refused for _, four in rounds)),
+    )
 
 
 def _row(placement: str, num_streams: int, found: dict[str, list[Found]]) -> Row:
@@ -146,19 +188,20 @@ def _side(rounds: Sequence[Found]) -> Side:
 
 
 def write_config(path: Path, *, root: Path, port: int) -> None:
-    """Write a Serve config with an application per placement of the guide."""
+    """Write a Serve config with an application per placement of the guide, and a narrow one."""
 
-    def placed(placement: str) -> dict[str, Any]:
+    def named(name: str) -> dict[str, Any]:
         guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm")}
-        process = {"placement": "remote", "num_cpus": 0.1} if placement == "remote" else {}
+        process = {"placement": "remote", "num_cpus": 0.1} if name == "remote" else {}
+        few = {"max_in_flight": NUM_PLACES, "max_queued": NUM_PLACES} if name == NARROW else {}
         args = {
             "base": {"path": str(root / "kitchen" / "base"), "num_cpus": 0.1},
             "guides": [{**guide, **process}],
-            "ingress": {"num_cpus": 0.1},
+            "ingress": {"num_cpus": 0.1, **few},
         }
-        return application(placement, args, route=f"/{placement}", OMP_NUM_THREADS="1")
+        return application(name, args, route=f"/{name}", OMP_NUM_THREADS="1")
 
-    applications = [placed(placement) for placement in PLACEMENTS]
+    applications = [named(name) for name in (*PLACEMENTS, NARROW)]
     write_serve_config(path, applications, port=port, proxy_location="HeadOnly")
 
 
@@ -178,17 +221,25 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "serve.yaml")
         write_config(config, root=root, port=port)
-        with served(config, port=port, routes=[f"/{name}" for name in PLACEMENTS]):
+        names = (*PLACEMENTS, NARROW)
+        with served(config, port=port, routes=[f"/{name}" for name in names]):
             kitchen = root / "kitchen"
             askers["engine"] = Asker(base=str(kitchen / "base"), guide=str(kitchen / "genarm"))
             for name in PLACEMENTS:
                 askers[name] = Asker(url=f"http://127.0.0.1:{port}/{name}")
+            narrow = Asker(url=f"http://127.0.0.1:{port}/{NARROW}")
             try:
                 rows = measure(options, askers)
+                crowded = overload(narrow, options)
             finally:
-                for asker in askers.values():
+                for asker in (*askers.values(), narrow):
                     asker.close()
-    report = {**describe(1), "load_average": os.getloadavg()[2], "rows": [asdict(r) for r in rows]}
+    report = {
+        **describe(1),
+        "load_average": os.getloadavg()[2],
+        "rows": [asdict(row) for row in rows],
+        "overload": asdict(crowded),
+    }
     sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
 
 

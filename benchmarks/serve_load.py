@@ -30,8 +30,12 @@ class Load:
     num_streams: int
     num_requests: int
     num_tokens: int
-    """Per request."""
+    """Per request, on average; they differ, so that streams do not end all at once."""
     seed: int
+
+    def length(self, number: int) -> int:
+        """Return the tokens of a request: from half the average to half more, evenly."""
+        return self.num_tokens // 2 + (number * 37) % (self.num_tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Found:
     gaps: list[float]
     """Between two arrivals within a request."""
     num_tokens: int
+    num_refused: int = 0
+    """Answers of 429; their clients wait as they are told, and ask again."""
 
 
 class Clock:
@@ -56,6 +62,7 @@ class Clock:
         self._first: list[float] = []
         self._gaps: list[float] = []
         self._num_tokens = 0
+        self.num_refused = 0
 
     def send(self, key: int) -> None:
         self._sent[key] = time.perf_counter()
@@ -71,7 +78,8 @@ class Clock:
 
     def found(self) -> Found:
         seconds = max(self._last.values()) - self._started
-        return Found(self._num_tokens / seconds, self._first, self._gaps, self._num_tokens)
+        rate = self._num_tokens / seconds
+        return Found(rate, self._first, self._gaps, self._num_tokens, self.num_refused)
 
 
 class InProcess:
@@ -101,7 +109,7 @@ class InProcess:
         for number, text in enumerate(_questions(load)):
             ids = render_prompt(self._pilot.tokenizer, [{"role": "user", "content": text}])
             params = SamplingParams(
-                max_tokens=load.num_tokens, seed=load.seed + number, ignore_eos=True
+                max_tokens=load.length(number), seed=load.seed + number, ignore_eos=True
             )
             key = next(self._keys)
             yield Request(key=key, prompt=Prompt(ids), params=params, guides={"helpful": 1.0})
@@ -137,14 +145,24 @@ class OverHTTP:
             "model": "base:helpful",
             "guides": [{"name": "helpful", "weight": 1.0}],
             "messages": [{"role": "user", "content": text}],
-            "max_tokens": load.num_tokens,
+            "max_tokens": load.length(key),
             "seed": load.seed + key,
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
         }
         clock.send(key)
+        while (wait_s := await self._answer(session, clock, key, body)) is not None:
+            clock.num_refused += 1
+            await asyncio.sleep(wait_s)
+
+    async def _answer(
+        self, session: aiohttp.ClientSession, clock: Clock, key: int, body: dict[str, Any]
+    ) -> float | None:
+        """Read a stream to its end, or return how long to wait before asking again."""
         async with session.post(f"{self._url}/v1/chat/completions", json=body) as response:
+            if response.status == 429:
+                return float(response.headers["Retry-After"])
             response.raise_for_status()
             async for line in response.content:
                 ids = line.find(b'"token_ids":[')
@@ -153,6 +171,7 @@ class OverHTTP:
                 numbers = line[ids : line.index(b"]", ids)]
                 if not numbers.endswith(b"["):
                     clock.arrive(key, 1 + numbers.count(b","))
+        return None
 
 
 def _questions(load: Load) -> list[str]:

@@ -40,6 +40,8 @@ from pilotfish.chat import render_prompt
 from pilotfish.context import Context, Prompt
 from pilotfish.noise import Purpose, request_key, uniforms
 
+logger = logging.getLogger(__name__)
+
 VICTIMS = ("BaseModel", "Guide:helpful", "Pipeline")
 NEAR_TIE = 1e-3
 """In probability, between the number that decided a draw and the nearest border of a token."""
@@ -99,7 +101,9 @@ class Client:
                     for choice in chunk.choices:
                         ids = ids + ((choice.model_extra or {}).get("token_ids") or [])
                         finished = finished or choice.finish_reason is not None
-            except openai.APIError:
+            except openai.APIError as error:
+                logger.info("answer %d broke off: %r", number, error)
+            if not finished:
                 attempts += 1
                 if attempts > 20:
                     self._tally.num_failed += 1

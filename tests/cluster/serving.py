@@ -59,6 +59,18 @@ class Deployed:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **settings)
 
 
+def deploy(dashboard: str, config: Path, *, timeout_s: float = 120) -> None:
+    """Send a config to the cluster, as `serve deploy` does."""
+    command = [str(Path(sys.executable).parent / "serve"), "deploy", str(config)]
+    subprocess.run(
+        [*command, "--address", dashboard],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        timeout=timeout_s,
+    )
+
+
 @contextmanager
 def deployed(
     dashboard: str, folder: Path, args: dict[str, Any], *, name: str, timeout_s: float = 120
@@ -68,15 +80,8 @@ def deployed(
     config = folder / f"{name}.yaml"
     one = application(name, args, OMP_NUM_THREADS="1")
     write_serve_config(config, [one], port=port, proxy_location="HeadOnly")
-    command = [str(Path(sys.executable).parent / "serve"), "deploy", str(config)]
     try:
-        subprocess.run(
-            [*command, "--address", dashboard],
-            cwd=REPOSITORY,
-            check=True,
-            capture_output=True,
-            timeout=timeout_s,
-        )
+        deploy(dashboard, config, timeout_s=timeout_s)
         running = Deployed(name, f"http://127.0.0.1:{port}")
         until(lambda: running.is_ready, timeout_s=timeout_s)
         yield running

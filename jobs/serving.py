@@ -19,7 +19,6 @@ from ray import serve as ray_serve
 from jobs.cluster import REPOSITORY
 from pilotfish.errors import PilotfishError
 
-
 _ONE_LOOP = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

@@ -14,6 +14,7 @@ from pilotfish.decode.sequence import (
     TokenEvent,
 )
 from serve.catalog import GuideVersion
+from serve.frames import ReplyTo
 
 OnFailure: TypeAlias = Literal["fail", "base"]
 """What becomes of a request whose guide does not answer: it fails, or goes on without the guide."""
@@ -57,6 +58,8 @@ class GenerateRequest(TypedDict):
     """Names of guides that failed this request before, and which it goes on without."""
     read_from: NotRequired[int]
     """Report how likely the prompt's own tokens were, from this position on, before decoding."""
+    reply_to: NotRequired[ReplyTo]
+    """Where tokens are sent; without it they come with the call."""
     priority: NotRequired[int]
     """Higher ones wait for lower ones, and make room for them. 0 is what clients ask for."""
 

@@ -1,13 +1,14 @@
 """The replicas behind the API, as calls that are made again elsewhere until one is answered."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from pilotfish.context import Prompt
 from pilotfish.guides.base import Draft
-from serve.api.journal import Journal, Patience, ask, follow
+from serve.api.inbox import Inbox
+from serve.api.journal import Journal, Patience, TokenStream, ask, follow
 from serve.api.visit import current_visit
 from serve.catalog import GuideVersion
 from serve.wire import GenerateRequest, GuideUse, Token
@@ -27,13 +28,14 @@ class Calls:
             name: handle.options(_by_reference=False) for name, handle in guides.items()
         }
         self._patience = patience
+        self.inbox: Inbox | None = None
+        """Where tokens come past Serve, within a replica of it."""
 
     def decode(self, journal: Journal, session_id: str | None) -> AsyncGenerator[list[Token]]:
         """Yield the tokens of a completion: see `follow`."""
         session = {} if session_id is None else {"session_id": session_id}
         base = self._base.options(stream=True, **session)
-        stream = follow(journal, base.generate.remote, self._patience)
-        return current_visit().stage("decode", stream)
+        return self._follow("decode", journal, base.generate.remote)
 
     def revise(self, journal: Journal, version: GuideVersion) -> AsyncGenerator[list[Token]]:
         """Yield the tokens that a guide writes, in its own vocabulary: see `follow`."""
@@ -42,8 +44,14 @@ class Calls:
         def send(request: GenerateRequest) -> Any:
             return guide.generate.remote(request, version)
 
-        stream = follow(journal, send, self._patience)
-        return current_visit().stage("response guide", stream)
+        return self._follow("response guide", journal, send)
+
+    def _follow(
+        self, stage: str, journal: Journal, send: Callable[[GenerateRequest], TokenStream]
+    ) -> AsyncGenerator[list[Token]]:
+        inbox = self.inbox
+        wired = send if inbox is None else lambda request: inbox.call(request, send)
+        return current_visit().stage(stage, follow(journal, wired, self._patience))
 
     async def choose(
         self, use: GuideUse, prompt: Prompt, drafts: Sequence[Draft], uniform: float

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
+from ray.util import get_node_ip_address
 
 from pilotfish.models.loading import load_tokenizer
 from serve.api import tokenizing, whole_answers
@@ -16,6 +17,7 @@ from serve.api.answering import Answer
 from serve.api.calls import Calls
 from serve.api.choices import Choice
 from serve.api.details import Details, Vocabulary
+from serve.api.inbox import Inbox
 from serve.api.journal import Patience
 from serve.api.operations import operate
 from serve.api.planning import Caller, Plan, Planner
@@ -79,8 +81,10 @@ class Pipeline:
         return self._stock.catalog
 
     async def check_health(self) -> None:
-        """Never fails; Serve's calls begin to follow the catalog."""
+        """Never fails; Serve's calls begin to follow the catalog, and to receive tokens."""
         await self._stock.ensure()
+        if self._calls.inbox is not None:
+            await self._calls.inbox.ensure()
         self._reporting.ensure()
 
     def _adopted(self, catalog: Catalog) -> None:
@@ -88,6 +92,7 @@ class Pipeline:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve calls for the HTTP side of a replica. Raises `ConfigError`."""
+        self._calls.inbox = Inbox(get_node_ip_address())
         return operate(build_routes(self), self._config, self._control, self._metrics)
 
     async def ready(self) -> bool:

@@ -28,7 +28,7 @@ from serve.replicas.following import Stock
 from serve.replicas.remote_guide import RemoteLM
 from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
-from serve.wire import Batch, GenerateRequest, GuideUse
+from serve.wire import GenerateRequest, GuideUse
 
 
 @dataclass(slots=True)
@@ -104,18 +104,18 @@ class BaseModel:
         Raises `ConfigError` for settings that a guide cannot take, besides.
         """
         # The ingress that sent it may not have heard yet of a guide that is switched off.
+        gave_up: list[str] = []
         if off := [use for use in _acting(request) if use.version.name in self._off]:
-            names = [use.version.name for use in off]
+            gave_up = [use.version.name for use in off]
             if any(use.on_failure == "fail" for use in off):
-                raise GuideUnavailableError(names[0], OFF)
-            request = GenerateRequest(**{**request, "gave_up": [*request["gave_up"], *names]})
-            yield tuple(Batch([], names))
+                raise GuideUnavailableError(gave_up[0], OFF)
+            request = GenerateRequest(**{**request, "gave_up": [*request["gave_up"], *gave_up]})
         async with AsyncExitStack() as stack:
             keys = {
                 use.version.name: (await stack.enter_async_context(self._acting(use))).key
                 for use in _acting(request)
             }
-            stream = self._decoding.generate(request, keys)
+            stream = self._decoding.generate(request, keys, gave_up=gave_up)
             async with aclosing(stream):
                 async for batch in stream:
                     yield batch

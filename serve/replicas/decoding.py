@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -16,7 +16,8 @@ from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
 from serve.replicas.engine_thread import EngineThread
-from serve.wire import Batch, GenerateRequest, guide_name, to_readings, to_request, to_token
+from serve.replicas.streams import Lines, Stream
+from serve.wire import GenerateRequest, to_request
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,6 @@ class Decoding:
         `leave` is called soon after the decode loop died.
         """
         self.engine = engine
-        self._items_per_second = items_per_second
         self.thread = EngineThread(
             engine,
             on_events=self._on_events,
@@ -63,24 +63,30 @@ class Decoding:
         )
         self._leave = leave
         self._keys = itertools.count()
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
+        self._lines = Lines(lambda: len(self._streams) / items_per_second)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def generate(
-        self, request: GenerateRequest, guide_keys: Mapping[str, str]
+        self,
+        request: GenerateRequest,
+        guide_keys: Mapping[str, str],
+        *,
+        gave_up: Sequence[str] = (),
     ) -> AsyncGenerator[tuple[Any, ...]]:
         """Yield a completion as `wire.Batch` tuples, with all the tokens that there are at a time.
 
-        `guide_keys` are what the engine calls the guides that act, by name. Raises `PromptError`
-        for a request that can never be decoded, `GuideUnavailableError` when a remote guide of it
-        is gone, and `EngineError` when this replica cannot go on. Closing the stream frees the
-        request's slot at the next step.
+        They go where the request wants them, if it says so; then nothing is yielded. `guide_keys`
+        are what the engine calls the guides that act, by name; `gave_up` are those that it goes on
+        without from here. Raises `PromptError` for a request that can never be decoded,
+        `GuideUnavailableError` when a remote guide of it is gone, and `EngineError` when this
+        replica cannot go on. Closing the stream frees the request's slot at the next step.
         """
         key = next(self._keys)
         job = to_request(key, request, guide_keys)
         self.engine.check(job)
         self._loop = asyncio.get_running_loop()
-        stream = self._streams[key] = _Stream()
+        stream = self._streams[key] = await self._lines.stream(request.get("reply_to"))
         spared = [
             guide_keys[use.version.name]
             for use in request["guides"]
@@ -88,11 +94,13 @@ class Decoding:
         ]
         ended = False
         try:
+            for name in gave_up:
+                stream.put(name, urgent=False)
             self.thread.submit(job, goes_on_without=spared)
-            while not ended:
-                batch = await stream.take(len(self._streams) / self._items_per_second)
-                yield tuple(batch)
-                ended = batch.ended or (bool(batch.tokens) and batch.tokens[-1][5] is not None)
+            async with aclosing(stream.batches()) as batches:
+                async for batch in batches:
+                    yield tuple(batch)
+            ended = True
         finally:
             del self._streams[key]
             if not ended:
@@ -174,48 +182,3 @@ def check_law(law_RV: Tensor, guide: str) -> None:
                 f"guide {guide} gives log-probs whose probabilities sum to {total}. Its weights "
                 "are broken; train or upload it again."
             )
-
-
-class _Stream:
-    """What is on its way to one caller."""
-
-    def __init__(self) -> None:
-        self._items: list[Any] = []
-        self._some = asyncio.Event()
-        self._urgent = asyncio.Event()
-        self._next_at = 0.0
-
-    def put(self, item: Any, *, urgent: bool) -> None:
-        """Add an event, the name of a guide that was given up, or an error."""
-        self._items.append(item)
-        self._some.set()
-        if urgent:
-            self._urgent.set()
-
-    async def take(self, pause_s: float) -> Batch:
-        """Wait for the next item, and take those that came with it; raise what broke the stream.
-
-        After the first time, does not return before `pause_s` have passed since the last, unless
-        the end is among the items. Tokens in front of an error are given up: they are drawn again,
-        and come out the same.
-        """
-        await self._some.wait()
-        loop = asyncio.get_running_loop()
-        if (left_s := self._next_at - loop.time()) > 0:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), left_s)
-        self._next_at = loop.time() + pause_s
-        items, self._items = self._items, []
-        self._some.clear()
-        for item in items:
-            if isinstance(item, EngineError):
-                raise EngineError(*item.args)  # one traceback per stream
-            if isinstance(item, BaseException):
-                raise item
-        read = [item for item in items if isinstance(item, PromptEvent)]
-        return Batch(
-            [to_token(item) for item in items if isinstance(item, TokenEvent)],
-            [guide_name(item) for item in items if isinstance(item, str)],
-            [reading for event in read for reading in to_readings(event)],
-            any(event.finish_reason is not None for event in read),
-        )

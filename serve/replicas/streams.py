@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -111,8 +111,10 @@ class Line:
         self._writer, self._pause = writer, pause
         self.streams: set[Posted] = set()
         self._waiting: dict[int, list[Any]] = {}
-        self._timer: asyncio.Handle | None = None
-        self._is_soon = False
+        """By key: what goes at the next tick."""
+        self._soon: dict[int, list[Any]] = {}
+        """What goes before anything else happens here."""
+        self._is_ticking = False
         self._next_at = 0.0
 
     @property
@@ -120,17 +122,17 @@ class Line:
         return self._writer.is_closing()
 
     def put(self, key: int, item: Any, *, soon: bool) -> None:
-        """Add an item to the next frame, which goes at once if it is wanted soon."""
-        self._waiting.setdefault(key, []).append(item)
-        if self._timer is not None:
-            if self._is_soon or not soon:
-                return
-            self._timer.cancel()
+        """Add an item to the next frame; one that is wanted soon goes with those before it."""
         loop = asyncio.get_running_loop()
-        self._is_soon = soon
-        self._timer = (
-            loop.call_soon(self._send) if soon else loop.call_at(self._next_at, self._send)
-        )
+        if soon:
+            if not self._soon:
+                loop.call_soon(self._send_soon)
+            self._soon.setdefault(key, self._waiting.pop(key, [])).append(item)
+        else:
+            self._waiting.setdefault(key, []).append(item)
+            if not self._is_ticking:
+                self._is_ticking = True
+                loop.call_at(self._next_at, self._tick)
 
     def close(self) -> None:
         """Break what is under way; it goes on elsewhere."""
@@ -138,13 +140,20 @@ class Line:
         for stream in list(self.streams):
             stream.fail(EngineError("the connection to the ingress is gone"))
 
-    def _send(self) -> None:
-        self._timer = None
+    def _send_soon(self) -> None:
+        items, self._soon = self._soon, {}
+        self._send(items)
+
+    def _tick(self) -> None:
+        items, self._waiting = self._waiting, {}
+        self._is_ticking = False
         self._next_at = asyncio.get_running_loop().time() + self._pause()
-        waiting, self._waiting = self._waiting, {}
-        self._writer.write(
-            frames.pack([[key, *_to_batch(items)] for key, items in waiting.items()])
-        )
+        self._send(items)
+
+    def _send(self, items: Mapping[int, Sequence[Any]]) -> None:
+        if items:
+            batches = [[key, *_to_batch(own)] for key, own in items.items()]
+            self._writer.write(frames.pack(batches))
 
 
 class Lines:

@@ -22,7 +22,6 @@ from pilotfish.chat import render_prompt
 from pilotfish.context import Prompt
 from pilotfish.decode.sequence import Request
 
-
 _NICENESS = 15
 """That of Ray's workers, so that whatever else runs here slows both sides down alike."""
 

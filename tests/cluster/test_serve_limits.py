@@ -194,7 +194,7 @@ def test_a_killed_response_guide_loses_nothing(world: World) -> None:
 def test_metrics_have_the_names_that_dashboards_ask_for(world: World) -> None:
     def exported() -> bool:
         page = requests.get(
-            f"{world.app.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=10
+            f"{world.app.url}/metrics", headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=10
         )
         assert page.status_code == 200, page.text
         wanted = ("pilotfish_generation_tokens_total", "pilotfish_time_to_first_token_seconds")

@@ -19,9 +19,10 @@ import yaml
 from jobs.command import run_command
 from tune.config import DecodingSearchConfig, SearchConfig, TrainingSearchConfig, resolved_decoding
 from tune.decoding import search_decoding
-from tune.knobs import apply_to_cards, check_applicable, show
+from tune.knobs import apply_to_cards, check_applicable
 from tune.page import PAGE_NAME
 from tune.report import SearchReport
+from tune.space import show
 
 _FLAGS = {
     "resume": "go on with a search that was not finished",

@@ -83,12 +83,10 @@ def search_decoding(config: DecodingSearchConfig, *, resume: bool = False) -> Se
                 folder=Path(config.output) / "evaluations",
                 crew=crew,
             )
-            searched, held_out = (
-                evaluator(prompts=prompts, rungs=rungs),
-                evaluator(prompts=others, rungs=[len(others)]),
-            )
+            searched = evaluator(prompts=prompts, rungs=rungs)
             report = _search(config, searched, TrialRuns(config, run))
             if report.winner is not None:
+                held_out = evaluator(prompts=others, rungs=[len(others)])
                 found = _confirm(config, report.winner, held_out, others_from)
                 report = report.model_copy(update={"confirmation": found})
         report = report.model_copy(update={"run_id": None if run is None else run.run_id})

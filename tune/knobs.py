@@ -73,7 +73,8 @@ def check_applicable(config: DecodingSearchConfig) -> None:
         if not Path(source).is_dir():
             raise ConfigError(
                 f"--apply cannot write into guide {guide!r}, {source!r}: versions of a registry "
-                "never change. Search with the folder it was registered from, and register that again."
+                "never change. Search with the folder it was registered from, and register that "
+                "again."
             )
 
 

@@ -113,7 +113,8 @@ def nothing_feasible(report: SearchReport) -> PilotfishError:
             lines.append(f"{constraint} by {abs(found - bound):.4g} (it has {found:.4g})")
     return PilotfishError(
         f"none of {len(report.trials)} points keeps all constraints. Nearest is "
-        f"{show(nearest.knobs)}, which breaks {'; '.join(lines)}. Widen the space, or loosen the constraints."
+        f"{show(nearest.knobs)}, which breaks {'; '.join(lines)}. Widen the space, or "
+        "loosen the constraints."
     )
 
 

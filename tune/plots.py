@@ -24,7 +24,7 @@ _BESIDE = "bad_share"
 def draw_plots(report: SearchReport, folder: str | Path) -> list[Picture]:
     """Write the plots that the search has points for. Raises `ConfigError` without matplotlib."""
     first = report.objectives[0].metric
-    plots: list[tuple[str, Callable[[SearchReport], "Figure | None"], str]] = [
+    plots: list[tuple[str, Callable[[SearchReport], Figure | None], str]] = [
         (
             "heatmap.png",
             _heatmap,

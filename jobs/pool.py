@@ -116,7 +116,8 @@ def crew_of(
     *,
     num_actors: int,
 ) -> Iterator[list[Any]]:
-    """Give actors, each a `worker(*told)` (a `Worker`), to whom chunks can be `spread` from any process."""
+    """Give actors, each a `Worker` that was `told`, to whom chunks can be `spread` from any
+    process."""
     cluster.connect(num_cpus=actors.num_cpus, gpus=actors.gpus_per_actor > 0)
     remote: Any = ray.remote(
         num_cpus=actors.threads,

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray.tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from pilotfish.errors import ConfigError, PilotfishError
+from pilotfish.errors import PilotfishError
 from tune.choice import Trial, score_names, scores, violations
 from tune.config import ASHA, Constraint, Objective, SearchConfig
 from tune.space import show
@@ -148,13 +149,6 @@ def _searcher(config: SearchConfig) -> Any:
             max_concurrent=plan.max_concurrent_trials,
             random_state=config.seed,
         )
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError(
-            f"search.algorithm={plan.algorithm} needs optuna. Install it with "
-            "`pip install pilotfish[tune]`, or use random."
-        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if plan.algorithm == "optuna_nsga2":
         # Generations are what makes it more than a random search.

@@ -20,7 +20,7 @@ from jobs.paths import absolute, output_paths
 from pilotfish.config import Config
 from pilotfish.errors import ConfigError
 from pilotfish.guides import make_card
-from pilotfish.guides.card import CARD_NAME, write_card
+from pilotfish.guides.card import CARD_NAME, GuideCard, write_card
 from pilotfish.models.loading import load_tokenizer
 from pilotfish.models.vocab import fingerprint
 
@@ -74,7 +74,7 @@ def write_guide(config: GuideConfig) -> Path:
     return output
 
 
-def _card(config: GuideConfig, *, base_vocab: str):
+def _card(config: GuideConfig, *, base_vocab: str) -> GuideCard:
     fields = config.model_dump(include={"kind", "weight", "template", "gate", "settings"})
     return make_card(fields, base=config.base, base_vocab=base_vocab)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.guide import main
 from pilotfish import Pilot, SamplingParams
@@ -25,7 +26,9 @@ settings:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     save_base(tmp_path / "base")
-    tiny_reward_model(1, vocab_size=len(byte_tokenizer())).save_pretrained(tmp_path / "reward")
+    tiny_reward_model(1, vocab_size=len(byte_tokenizer()), dtype=torch.float32).save_pretrained(
+        tmp_path / "reward"
+    )
     byte_tokenizer().save_pretrained(tmp_path / "reward")
     path = tmp_path / "best.yaml"
     path.write_text(CONFIG.format(root=tmp_path))

@@ -60,7 +60,7 @@ class Endpoint(ThreadingHTTPServer):
 
     def answer(self, body: dict[str, Any]) -> str | int:
         [message] = body["messages"]
-        question, first, second = message["content"].split("|")
+        _, first, second = message["content"].split("|")
         with self._lock:
             self.bodies.append(body)
             self.asked.append(message["content"])
@@ -74,11 +74,11 @@ class Endpoint(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
     def do_POST(self) -> None:
+        endpoint = self.server
+        assert isinstance(endpoint, Endpoint)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = self.server.answer(body)
+        said = endpoint.answer(body)
         status = said if isinstance(said, int) else 200
         sent: dict[str, Any] = {"error": {"message": "not now"}}
         if isinstance(said, str):
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         """Keep the terminal quiet."""
 
 

@@ -47,9 +47,7 @@ def resolved(config: GuideConfig) -> GuideConfig:
     """Return the config with absolute paths. Raises `ConfigError`, for settings too."""
     settings = {name: absolute(value) for name, value in config.settings.items()}
     paths = output_paths(config.root, config.output)
-    found = config.model_copy(
-        update={**paths, "base": absolute(config.base), "settings": settings}
-    )
+    found = config.model_copy(update={**paths, "base": absolute(config.base), "settings": settings})
     _card(found, base_vocab="")
     return found
 

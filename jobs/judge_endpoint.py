@@ -72,9 +72,7 @@ class ReplyStore:
         self._file.close()
 
 
-def ask_all(
-    questions: Mapping[str, str], endpoint: EndpointConfig, path: Path
-) -> dict[str, Reply]:
+def ask_all(questions: Mapping[str, str], endpoint: EndpointConfig, path: Path) -> dict[str, Reply]:
     """Return the reply to each question by its key, asking those alone that `path` does not hold.
 
     Raises `ConfigError` without an API key, and `EndpointError` for a request that fails for good;

@@ -30,9 +30,7 @@ def _model(name: str) -> Stage:
         f"base={{root}}/reproduce/{name}",
         f"output={{root}}/reproduce/evaluation/{name}",
     )
-    return _stage(
-        "jobs.evaluate", "evaluate_model", *overrides, needs=("reward_model", name)
-    )
+    return _stage("jobs.evaluate", "evaluate_model", *overrides, needs=("reward_model", name))
 
 
 def _harmless(config: str, *overrides: str) -> Stage:
@@ -90,9 +88,7 @@ STAGES: Mapping[str, Stage] = {
     "evaluate_proxy": _evaluation("proxy", "base", "proxy"),
     "evaluate_aligner": _evaluation("aligner", "base", "genarm", "aligner"),
     "evaluate_transfer_q": _evaluation("transfer_q", "base", "transfer_q"),
-    "search_proxy": _stage(
-        "tune.search", "search_proxy", needs=("base", "reward_model", "proxy")
-    ),
+    "search_proxy": _stage("tune.search", "search_proxy", needs=("base", "reward_model", "proxy")),
     "search_genarm": _stage(
         "tune.search", "search_genarm", needs=("base", "reward_model", "genarm")
     ),

@@ -79,9 +79,11 @@ def test_a_stage_reads_what_stages_that_it_needs_have_written(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_soup_is_made_of_what_its_needs_have_written(name: str):
-    sources = [one.partition("=")[0] for one in STAGES[name].arguments if "=" in one]
-    assert sources == [output_of(need, "{root}") for need in STAGES[name].needs]
+def test_a_soup_is_made_of_what_its_needs_have_written(name: str, tmp_path: Path):
+    root, stage = str(tmp_path), STAGES[name]
+    arguments = [argument.format(root=root) for argument in stage.arguments]
+    sources = [one.partition("=")[0] for one in arguments if "=" in one]
+    assert sources == [output_of(need, root) for need in stage.needs]
 
 
 def test_no_two_stages_write_the_same_folder(tmp_path: Path):
@@ -115,8 +117,7 @@ def test_all_methods_are_evaluated_on_the_same_prompts_alike(prefix: str, tmp_pa
 
 def test_the_judge_compares_settings_that_the_evaluations_have(tmp_path: Path):
     evaluations = {
-        output_of(name, str(tmp_path)): load(name, str(tmp_path))
-        for name in STAGES["judge"].needs
+        output_of(name, str(tmp_path)): load(name, str(tmp_path)) for name in STAGES["judge"].needs
     }
     judge = load("judge", str(tmp_path))
     for one in judge.contestants.values():

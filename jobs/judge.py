@@ -17,7 +17,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jobs import tracking
 from jobs.command import run_command
@@ -25,6 +25,7 @@ from jobs.judge_config import JudgeConfig, resolved
 from jobs.judge_endpoint import Reply, ask_all
 from jobs.resolve import content_hash
 from jobs.rows import write_rows
+from pilotfish.chat import PromptInput
 from pilotfish.config import Config
 from pilotfish.correction import question_of
 from pilotfish.errors import ConfigError, DataError
@@ -137,7 +138,7 @@ def _contest(config: JudgeConfig) -> tuple[list[str], dict[str, list[str]]]:
             )
         found = reports[one.report].result(one.setting).answers[: config.num]
         answers[name] = [cut(answer.text, config.cut_at) for answer in found]
-    prompts: Sequence[Any] = report.prompts[: config.num]
+    prompts = [cast(PromptInput, prompt) for prompt in report.prompts[: config.num]]
     return [question_of(prompt) for prompt in prompts], answers
 
 

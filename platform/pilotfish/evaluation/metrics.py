@@ -1,7 +1,8 @@
 """Numbers about answers: plain functions of lists, each with its uncertainty."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,11 +70,9 @@ def compare(values: Sequence[float], reference: Sequence[float], *, seed: int = 
     assert len(values) == len(reference), "both sides answer the same prompts"
     gains = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     points = np.where(gains > 0, 1.0, np.where(gains == 0, 0.5, 0.0))
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(gains), size=len(gains)) for _ in range(_NUM_RESAMPLES))
-    means = np.array([(points[draw].mean(), gains[draw].mean()) for draw in draws])
-    tail = (1 - _LEVEL) / 2
-    (rate_low, gain_low), (rate_high, gain_high) = np.quantile(means, (tail, 1 - tail), axis=0)
+    draws = resamples(len(gains), seed)
+    means = [(points[draw].mean(), gains[draw].mean()) for draw in draws]
+    (rate_low, gain_low), (rate_high, gain_high) = interval(means)
     return Comparison(
         wins=int((gains > 0).sum()),
         ties=int((gains == 0).sum()),
@@ -85,6 +84,18 @@ def compare(values: Sequence[float], reference: Sequence[float], *, seed: int = 
         gain_low=tidy(gain_low),
         gain_high=tidy(gain_high),
     )
+
+
+def resamples(num: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the places that each resample of a bootstrap over `num` prompts draws."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(num, size=num) for _ in range(_NUM_RESAMPLES))
+
+
+def interval(drawn: Sequence[Any]) -> np.ndarray:
+    """Return the lower and the upper end of what holds 95% of the resamples' numbers [..., K]."""
+    tail = (1 - _LEVEL) / 2
+    return np.quantile(np.asarray(drawn), (tail, 1 - tail), axis=0)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -32,11 +32,11 @@ train: setup ## Train from a config: make train CONFIG=jobs/configs/kitchen/gena
 	$(RUN) -m jobs.train $(CONFIG)
 
 test: setup ## Run the whole test suite (starts local Ray clusters)
-	$(RUN) -m pytest -m 'not cluster' -n logical --dist loadscope
+	$(RUN) -m pytest -m 'not cluster' -n logical --maxprocesses 8 --dist loadscope
 	$(RUN) -m pytest -m cluster
 
 test-unit: setup ## Run the tests that need no Ray cluster
-	$(RUN) -m pytest -m 'not cluster and not gpu' -n logical --dist loadscope
+	$(RUN) -m pytest -m 'not cluster and not gpu' -n logical --maxprocesses 8 --dist loadscope
 
 check: setup ## Check formatting, lint and types
 	$(VENV)/bin/ruff format --check .

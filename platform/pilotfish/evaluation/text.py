@@ -1,5 +1,7 @@
 """The report's table as plain text, for a terminal."""
 
+from collections.abc import Sequence
+
 from pilotfish.evaluation.report import Report, SettingResult
 
 _HEAD = ("setting", "reward", "win + ½ tie", "KL", "tokens", "bad", "tokens/s", "forwards/token")
@@ -7,8 +9,12 @@ _HEAD = ("setting", "reward", "win + ½ tie", "KL", "tokens", "bad", "tokens/s",
 
 def as_table(report: Report) -> str:
     """Return one line per setting; wins are against the report's reference."""
-    rows = [_HEAD, *(_row(result, report) for result in report.results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    return aligned([_HEAD, *(_row(result, report) for result in report.results)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines, the first of them as a head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)

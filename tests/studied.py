@@ -10,13 +10,14 @@ from jobs.reproduce.measured import Measured, Results
 from jobs.reproduce.methods import folder_of
 from jobs.reproduce.study import METHODS, NUM_DRAFTS
 from jobs.reproduce.trainings import ROUNDS
+from pilotfish.evaluation.metrics import compare
 from pilotfish.train.export import write_record
 
 # Mean reward by the beginning of a method's name; the longest that fits counts.
 _WORTH = {
     **{"": 0.0, "base": -0.3, "genarm": 4.2, "genarm_w0.25": 1.0, "dpo": 4.0, "ppo": 3.4},
     **{"proxy": 3.4, "proxy_untrained": -0.5, "proxy_literal": -4.0, "proxy_24": 2.0},
-    **{"grid": 2.0, "grid_0.1": 3.5, "unseen_base": -0.4, "unseen_proxy": 3.0, "best": 2.5},
+    **{"unseen_base": -0.4, "unseen_proxy": 3.0, "best": 2.5},
     **{"args": -0.2, "args_w6": 0.4, "transfer": 2.8, "transfer_naive": 1.0, "cd": 2.0},
     **{"weak": 2.6, "weak_base_m": 3.0, "aligner": 4.4, "aligned": 4.5, "aligner_50": 4.0},
     **{"mix": 3.5, "only": 3.5, "soup": 3.0, "morl": 3.0, "rounds": 3.5, "pargs": 3.7},
@@ -66,11 +67,36 @@ def write_records(root: Path) -> None:
         folder = folder_of(root, stage)
         folder.mkdir(parents=True)
         write_record(folder, {"config_hash": stage, "metrics": {"trainable_parameters": num}})
+    _write_search(root / "reproduce" / "search_proxy")
     for name in ROUNDS:
         folder = folder_of(root, name)
         folder.mkdir(parents=True)
         rounds = [
-            {"metrics": {"monitor/reward": worth, "monitor/reward_error": 0.1, "monitor/bad_share": 0.0}}
+            {
+                "metrics": {
+                    "monitor/reward": worth,
+                    "monitor/reward_error": 0.1,
+                    "monitor/bad_share": 0.0,
+                }
+            }
             for worth in (-0.3, 2.0, 3.0)
         ]
         write_record(folder, json.loads(json.dumps({"rounds": rounds})))
+
+
+def _write_search(folder: Path) -> None:
+    """Write what a search over the proxy's knobs would have left."""
+    folder.mkdir(parents=True)
+    trials = [
+        {
+            "knobs": {"args.proxy.p_t": p_t, "temperature": temperature},
+            "metrics": {"reward": 3.0 - abs(p_t - 0.1), "bad_share": 0.0},
+        }
+        for p_t in (0.05, 0.1, 0.2)
+        for temperature in (0.7, 1.0)
+    ]
+    comparison = compare(made_up("proxy").rewards, made_up("base").rewards)
+    gains = {"reward": {"comparison": comparison.model_dump()}}
+    winner = {"knobs": trials[2]["knobs"], "confirmation": {"gains": gains}}
+    for name, content in (("results", {"trials": trials}), ("winner", winner)):
+        (folder / f"{name}.json").write_text(json.dumps(content))

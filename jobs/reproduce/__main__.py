@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=range(1, MAX_SEEDS + 1),
         help="training seeds of the headline rows",
     )
-    parser.add_argument("--prompts", type=int, default=NUM_QUESTIONS, help="questions to measure on")
+    parser.add_argument(
+        "--prompts", type=int, default=NUM_QUESTIONS, help="questions to measure on"
+    )
     parser.add_argument("--study", choices=("kitchen", "hh-rlhf"), default="kitchen")
     parser.add_argument("--dry-run", action="store_true", help="list the stages and what is done")
     return parser
@@ -96,7 +98,9 @@ def _stages(args: argparse.Namespace) -> Mapping[str, Stage]:
             raise ConfigError("--only names chapters of the kitchen's study. Leave it out.")
         return reproduce_hh.STAGES
     specs = [CHAPTERS[name] for name in args.only or CHAPTERS]
-    headline = [name for spec in specs for stage in spec.headline for name in names_of(stage, args.seeds)]
+    headline = [
+        name for spec in specs for stage in spec.headline for name in names_of(stage, args.seeds)
+    ]
     methods = [*headline, *(name for spec in specs for name in spec.methods)]
     extra = [name for spec in specs for name in spec.stages]
     return stages(dict.fromkeys(methods), extra, num=args.prompts)
@@ -146,7 +150,9 @@ def _kept_seconds(root: Path, seconds: Mapping[str, float]) -> dict[str, float]:
     return kept
 
 
-def _facts(args: argparse.Namespace, seconds: Mapping[str, float], elapsed: float) -> dict[str, str]:
+def _facts(
+    args: argparse.Namespace, seconds: Mapping[str, float], elapsed: float
+) -> dict[str, str]:
     resources = ray.cluster_resources()
     git = git_state()
     libraries = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)

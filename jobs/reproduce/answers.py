@@ -66,7 +66,9 @@ def measure(root: Path, method: Method, num: int) -> Measured:
         num_forwards=pilot.num_forwards - before,
         notes=_mean_notes(completions),
         **_columns(completions, KitchenReward().judge(prompts, texts)),
-        scores=[one.reward or 0.0 for one in ModelReward(judge, device="cpu").judge(prompts, texts)],
+        scores=[
+            one.reward or 0.0 for one in ModelReward(judge, device="cpu").judge(prompts, texts)
+        ],
     )
 
 

@@ -15,10 +15,12 @@ _INK = "#010203"  # stands for the page's text colour until the picture is in th
 BLUE, ORANGE, GREEN, PINK, GREY = "#3b8fc4", "#e07b26", "#3fa05a", "#c0578f", "#8b8f94"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#9a7fd1", GREY)
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[Sequence[float]]
 
 
-def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1) -> "tuple[Figure, list[Axes]]":
+def new_figure(
+    width: float = 6.4, height: float = 3.4, columns: int = 1
+) -> "tuple[Figure, list[Axes]]":
     """Return an empty figure and its axes, side by side."""
     from matplotlib.figure import Figure
 
@@ -37,19 +39,18 @@ def new_figure(width: float = 6.4, height: float = 3.4, columns: int = 1) -> "tu
     return figure, every
 
 
-def svg(figure: "Figure") -> str:
-    """Return the figure as an SVG element for the middle of a page."""
+def svg(figure: "Figure", name: str) -> str:
+    """Return the figure as an SVG element for the middle of a page that has one of this name."""
     from matplotlib import rc_context
 
     target = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": str(id(figure))}):
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     text = target.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # Glyphs are drawn with the initial fill, which is black: text takes its colour from its group.
-    prefix = f"f{id(figure):x}-"
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{prefix}", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Glyphs and clips of all figures are named in one page.
+    text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     return re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', _opening, text, count=1)
 
 
@@ -60,8 +61,8 @@ def _opening(found: "re.Match[str]") -> str:
     )
 
 
-def legend(axes: "Axes", **where: object) -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, **where)
+def legend(axes: "Axes") -> None:
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
 def annotate(axes: "Axes", text: str, at: tuple[float, float], **more: object) -> None:
@@ -154,7 +155,9 @@ def heatmaps(
             if not np.isnan(value):
                 dark = (value - np.nanmin(values)) / span < 0.6
                 ink = "white" if dark else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+                axes.text(
+                    column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8
+                )
         axes.set_xticks(range(len(xs)), [f"{one:g}" for one in xs])
         axes.set_yticks(range(len(ys)), [f"{one:g}" for one in ys])
         axes.set_title(title)

@@ -67,7 +67,9 @@ def read_digest(path: Path) -> str | None:
 class Results(Mapping[str, Measured]):
     """Measured methods by name, read when they are first asked for."""
 
-    def __init__(self, found: Mapping[str, Measured] | None = None, root: Path | None = None) -> None:
+    def __init__(
+        self, found: Mapping[str, Measured] | None = None, root: Path | None = None
+    ) -> None:
         self._found = dict(found or {})
         self._root = root
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from jobs.reproduce.chapter import Chapter
+from jobs.reproduce.chapter import Chapter, Criterion
 from jobs.reproduce.figures import svg
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -34,7 +34,10 @@ def write_page(chapters: Mapping[str, Chapter], colophon: Colophon, path: Path) 
     page = environment.get_template("report.html").render(
         chapters=chapters,
         pictures={
-            name: [(svg(plot.figure), plot.caption) for plot in chapter.plots]
+            name: [
+                (svg(plot.figure, f"{name}-{number}"), plot.caption)
+                for number, plot in enumerate(chapter.plots)
+            ]
             for name, chapter in chapters.items()
         },
         counts={name: count(chapter) for name, chapter in chapters.items()},
@@ -57,6 +60,6 @@ def count(chapter: Chapter) -> Mapping[str, tuple[int, int]]:
     return {side: (sum(one.holds for one in some), len(some)) for side, some in sides.items()}
 
 
-def failed(chapter: Chapter) -> Sequence:
+def failed(chapter: Chapter) -> Sequence[Criterion]:
     """Return the hard criteria that do not hold."""
     return [one for one in chapter.criteria if one.hard and not one.holds]

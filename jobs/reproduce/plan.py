@@ -43,4 +43,5 @@ def is_done(stage: Stage, root: Path) -> bool:
         record = read_record(config.output) or {}
         return record.get("config_hash") == config_hash(config)
     named = [one.partition("=")[2] for one in arguments if one.startswith("output=")]
-    return Path((named or arguments)[-1]).exists()
+    output = Path((named or arguments)[-1])
+    return (output / "winner.json" if stage.module == "tune.search" else output).exists()

@@ -1,6 +1,6 @@
 """Write kitchen questions without some names and dishes, so that those are new to what learns here.
 
-    python -m jobs.reproduce.seen_prompts FILE
+python -m jobs.reproduce.seen_prompts FILE
 """
 
 import json

@@ -9,6 +9,7 @@ from jobs.reproduce.trainings import (
     MORL_SIDES,
     PROXY_PROMPTS,
     ROUNDS,
+    SEARCHES,
     SEEDED,
     SOUP_WEIGHTS,
     TRAININGS,
@@ -34,9 +35,6 @@ MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the helpful side."""
 GATES = (0.2, 0.5, 0.9)
 """Nats of the base's entropy below which GenARM does not act."""
-GRID_P_T = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
-GRID_TEMPERATURES = (0.5, 1.0, 1.5)
-NUM_GRID = 200
 UPSTREAMS: Mapping[str, str] = {
     "base": "base",
     "base_m": "larger base",
@@ -87,37 +85,22 @@ def _proxy() -> Iterable[tuple[str, Method]]:
         ("proxy_literal", "literal rule"),
     ):
         yield name, Method(label=label, guides=one(name), temperature=1)
-    everything: dict[str, object] = {"p_t": 0.0, "p_t_rule": "nucleus"}
-    nothing_but_base = {**everything, "p_t_rule": "cumulative", "candidate_order": "iid"}
-    yield "proxy_off", Method(label="p_t=0", guides=one("proxy", **everything), temperature=1)
+    off = one("proxy", p_t=0.0, p_t_rule="nucleus")
+    yield "proxy_off", Method(label="p_t=0", guides=off, temperature=1)
+    iid = one("proxy", p_t=0.0, p_t_rule="cumulative", candidate_order="iid", top_k=129)
     yield (
         "proxy_off_iid",
         Method(
             label="p_t=0, order iid",
-            guides=one("proxy", top_k=129, **nothing_but_base),
+            guides=iid,
             temperature=1,
             num=50,
         ),
     )
-    for p_t in GRID_P_T:
-        for temperature in GRID_TEMPERATURES:
-            yield (
-                grid_name(p_t, temperature),
-                Method(
-                    label=f"p_t={p_t:g}, T={temperature:g}",
-                    guides=one("proxy", p_t=p_t, temperature=temperature),
-                    temperature=1,
-                    num=NUM_GRID,
-                ),
-            )
     unseen = {"temperature": 1.0, "questions": "unseen"}
     yield "unseen_base", Method(label="base", **unseen)
     yield "unseen_proxy", Method(label="trained with them", guides=one("proxy"), **unseen)
     yield "unseen_proxy_seen", Method(label="never met them", guides=one("proxy_seen"), **unseen)
-
-
-def grid_name(p_t: float, temperature: float) -> str:
-    return f"grid_{p_t:g}_{temperature:g}"
 
 
 def _genarm() -> Iterable[tuple[str, Method]]:
@@ -143,7 +126,11 @@ def _genarm() -> Iterable[tuple[str, Method]]:
                     temperature=temperature,
                 ),
             )
-    for name, label in (("base_m", "larger base"), ("base_xs", "smaller base"), ("dpo_m", "DPO of it")):
+    for name, label in (
+        ("base_m", "larger base"),
+        ("base_xs", "smaller base"),
+        ("dpo_m", "DPO of it"),
+    ):
         if name != "dpo_m":
             yield name, Method(label=label, base=name)
             yield f"{name}_greedy", Method(label=f"{label}, greedy", base=name, temperature=0)
@@ -243,6 +230,6 @@ def stages(
         )
         for name in METHODS
     }
-    every = {**KITCHEN, **TRAININGS, **ROUNDS, **measuring}
+    every = {**KITCHEN, **TRAININGS, **SEARCHES, **ROUNDS, **measuring}
     wanted = [*(f"measure {name}" for name in methods), *extra]
     return {name: every[name] for name in with_needs(wanted, every)}

@@ -42,7 +42,10 @@ def _train(name: str, config: str, *overrides: str, needs: tuple[str, ...] = ())
 
 
 def _soup(weight: float) -> Stage:
-    parts = (f"{{root}}/kitchen/dpo_helpful={weight}", f"{{root}}/kitchen/dpo_harmless={1 - weight}")
+    parts = (
+        f"{{root}}/kitchen/dpo_helpful={weight}",
+        f"{{root}}/kitchen/dpo_harmless={1 - weight}",
+    )
     output = "{root}/reproduce/models/" + soup_name(weight)
     return Stage(
         "jobs.export", ("--replace", "--soup", *parts, output), ("dpo_helpful", "dpo_harmless")
@@ -71,24 +74,18 @@ TRAININGS: Mapping[str, Stage] = {
     ),
     "dpo_m": _train("dpo_m", "dpo", "model.init={root}/kitchen/base_m", needs=("base_m",)),
     **{
-        seeded(stage, number): _train(
-            seeded(stage, number), stage, f"seed={100 * number}"
-        )
+        seeded(stage, number): _train(seeded(stage, number), stage, f"seed={100 * number}")
         for number in range(2, MAX_SEEDS + 1)
         for stage in SEEDED
     },
     "proxy_untrained": _train(
         "proxy_untrained", "proxy", "train.steps=1", "train.learning_rate=1.0e-12"
     ),
-    **{
-        f"proxy_{num}": _train(f"proxy_{num}", "proxy", f"data.num={num}") for num in PROXY_PROMPTS
-    },
+    **{f"proxy_{num}": _train(f"proxy_{num}", "proxy", f"data.num={num}") for num in PROXY_PROMPTS},
     "proxy_free": _train("proxy_free", "proxy", "objective.settings.p_t=0.0"),
     "proxy_iid": _train("proxy_iid", "proxy", "objective.settings.candidate_order=iid"),
     "proxy_literal": _train("proxy_literal", "proxy", "objective.settings.p_t_rule=literal"),
-    "seen_prompts": Stage(
-        "jobs.reproduce.seen_prompts", (_SEEN_PROMPTS,)
-    ),
+    "seen_prompts": Stage("jobs.reproduce.seen_prompts", (_SEEN_PROMPTS,)),
     "proxy_seen": _train(
         "proxy_seen",
         "proxy",
@@ -105,6 +102,20 @@ TRAININGS: Mapping[str, Stage] = {
     **{f"morl_{side}": _morl(side) for side in MORL_SIDES},
 }
 """In the order in which they are begun, as far as their needs allow."""
+
+SEARCHES: Mapping[str, Stage] = {
+    "search_proxy": Stage(
+        "tune.search",
+        (
+            "tune/configs/kitchen/proxy.yaml",
+            "root={root}",
+            "output={root}/reproduce/search_proxy",
+            "decoding.num_actors=1",
+            "--resume",
+        ),
+        ("base", "proxy"),
+    ),
+}
 
 _ROUNDS = (
     "jobs/configs/kitchen/rounds.yaml",

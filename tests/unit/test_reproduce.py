@@ -24,7 +24,7 @@ from jobs.reproduce.methods import UNSEEN_DISHES, UNSEEN_NAMES, folder_of, quest
 from jobs.reproduce.page import Colophon, failed, write_page
 from jobs.reproduce.seeds import names_of, over_seeds
 from jobs.reproduce.study import METHODS, stages
-from jobs.reproduce.trainings import ROUNDS, TRAININGS
+from jobs.reproduce.trainings import ROUNDS, SEARCHES, TRAININGS
 from jobs.resolve import resolved
 from jobs.rounds_config import RoundsConfig
 from pilotfish import config as configs
@@ -88,9 +88,7 @@ def test_a_proxy_of_more_than_a_hundredth_of_the_base_fails(tmp_path: Path) -> N
     write_records(tmp_path)
     fat = {"config_hash": "fat", "metrics": {"trainable_parameters": 3500}}
     write_record(folder_of(tmp_path, "proxy"), fat)
-    found = CHAPTERS["proxy"].write(
-        Evidence(results=made_up_results(), root=tmp_path, num_seeds=1)
-    )
+    found = CHAPTERS["proxy"].write(Evidence(results=made_up_results(), root=tmp_path, num_seeds=1))
     [criterion] = failed(found)
     assert criterion.found == "1.02%"
 
@@ -144,7 +142,7 @@ def test_a_picture_takes_its_ink_from_the_page() -> None:
     figure, [axes] = new_figure()
     axes.plot([1, 2], [3, 4])
     axes.set_xlabel("x")
-    text = svg(figure)
+    text = svg(figure, "one")
     assert "currentColor" in text
     assert "#010203" not in text
     assert "background" not in text
@@ -210,7 +208,7 @@ def test_everything_a_chapter_reads_is_measured_and_every_measurement_is_read() 
     read = {name for spec in CHAPTERS.values() for name in (*spec.methods, *spec.headline)}
     assert read <= set(METHODS)
     assert {name for name in METHODS if "_seed" not in name} <= read
-    todo = stages(METHODS, ROUNDS)
+    todo = stages(METHODS, [*ROUNDS, *SEARCHES])
     order = list(todo)
     for name, stage in todo.items():
         assert all(order.index(need) < order.index(name) for need in stage.needs)

@@ -115,8 +115,7 @@ def test_all_methods_are_evaluated_on_the_same_prompts_alike(prefix: str, tmp_pa
 
 def test_the_judge_compares_settings_that_the_evaluations_have(tmp_path: Path):
     evaluations = {
-        output_of(name, str(tmp_path)): load(name, str(tmp_path))
-        for name in STAGES["judge"].needs
+        output_of(name, str(tmp_path)): load(name, str(tmp_path)) for name in STAGES["judge"].needs
     }
     judge = load("judge", str(tmp_path))
     for one in judge.contestants.values():

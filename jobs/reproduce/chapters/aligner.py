@@ -60,7 +60,7 @@ def write(evidence: Evidence) -> Chapter:
         tables=[
             _upstream_table(results),
             Table(
-                caption="Stacking, shares of copying in the training, and the best of three rounds.",
+                caption="Stacking, shares of copying in training, and the best of three rounds.",
                 head=METHOD_HEAD,
                 rows=method_rows(results, {**_variants(), **_ROUND_LABELS}),
             ),
@@ -69,7 +69,7 @@ def write(evidence: Evidence) -> Chapter:
         not_gated=[
             "MARA above Aligner: its own authors' numbers disagree between data sets.",
             "The margin on GenARM's answers: nearly aligned answers leave little to correct, in "
-            "the paper too (−0.7 on Llama2-70B-Chat).",
+            "the paper too (-0.7 on Llama2-70B-Chat).",
             "The corrections it learned from are a program's: stronger teaching than pairs, as in "
             "the paper, so its reward does not compare with that of methods that see pairs alone.",
         ],
@@ -98,7 +98,8 @@ def _criteria(evidence: Evidence, omega: Mapping[str, float]) -> list[Criterion]
         ),
         *(
             at_least(
-                f"One Aligner makes answers of {UPSTREAMS[name]}, never seen, more harmless (wins less losses)",
+                f"One Aligner makes answers of {UPSTREAMS[name]}, never seen, more harmless "
+                "(wins less losses)",
                 omega[name],
                 0.01,
                 hard=True,
@@ -107,15 +108,28 @@ def _criteria(evidence: Evidence, omega: Mapping[str, float]) -> list[Criterion]
             for name in _NEVER_SEEN
         ),
         at_least("... and those of GenARM", omega["genarm"], 0.01, unit="%"),
-        at_most("The better a model, the smaller the gain (rank correlation)", spearman(quality, gains), -0.01),
-        at_least("A second pass does no harm (wins less losses)", second, _FIXED_POINT, hard=True, unit="%"),
+        at_most(
+            "The better a model, the smaller the gain (rank correlation)",
+            spearman(quality, gains),
+            -0.01,
+        ),
+        at_least(
+            "A second pass does no harm (wins less losses)",
+            second,
+            _FIXED_POINT,
+            hard=True,
+            unit="%",
+        ),
         all_alike(
             "An identity Aligner changes nothing, byte by byte",
             results["aligner_copyist"].texts,
             results["base"].texts,
         ),
         *(
-            above(f"{_TWENTY} of copying first is above {share:.0%}", results.gain("aligner", _warm_up(share)))
+            above(
+                f"{_TWENTY} of copying first is above {share:.0%}",
+                results.gain("aligner", _warm_up(share)),
+            )
             for share in WARM_UPS
         ),
         *_round_criteria(results, evidence.root),
@@ -140,10 +154,15 @@ def _upstream_table(results: Results) -> Table:
     rows = []
     for name, label in UPSTREAMS.items():
         before, after = results[name], results[_aligned(name)]
-        margins = [f"{_omega(results, name, part):+.1f}" for part in ("rewards", "helpful", "harmless")]
+        margins = [
+            f"{_omega(results, name, part):+.1f}" for part in ("rewards", "helpful", "harmless")
+        ]
         rows.append([label, str(before.reward), str(after.reward), *margins])
     return Table(
-        caption="One Aligner on answers of six models at T=0.7. Margins are wins less losses, in percent.",
+        caption=(
+            "One Aligner on answers of six models at T=0.7. Margins are wins less losses, in "
+            "percent."
+        ),
         head=("answers of", "reward before", "after", "margin", "helpful", "harmless"),
         rows=rows,
     )
@@ -151,11 +170,15 @@ def _upstream_table(results: Results) -> Table:
 
 def _upstream_plot(results: Results) -> Plot:
     figure, [axes] = figures.new_figure(height=3.2)
-    for place, (name, label) in enumerate(UPSTREAMS.items()):
+    for place, name in enumerate(UPSTREAMS):
         before, after = results[name].reward.mean, results[_aligned(name)].reward.mean
         axes.plot([before, after], [place, place], color=figures.GREY, lw=2, zorder=1)
-        axes.scatter([before], [place], color=figures.ORANGE, zorder=2, label=None if place else "before")
-        axes.scatter([after], [place], color=figures.BLUE, zorder=2, label=None if place else "after")
+        axes.scatter(
+            [before], [place], color=figures.ORANGE, zorder=2, label=None if place else "before"
+        )
+        axes.scatter(
+            [after], [place], color=figures.BLUE, zorder=2, label=None if place else "after"
+        )
     axes.set_yticks(range(len(UPSTREAMS)), list(UPSTREAMS.values()))
     axes.invert_yaxis()
     axes.set_xlabel("true reward")

@@ -13,30 +13,22 @@ from jobs.reproduce.chapter import (
     Plot,
     Table,
     above,
-    all_alike,
     at_least,
     gain_text,
     method_rows,
 )
+from jobs.reproduce.chapters import front
 from jobs.reproduce.measured import Results
 from jobs.reproduce.seeds import gain_over_seeds, over_seeds
 from jobs.reproduce.study import (
     ARGS_WEIGHTS,
     EQUAL_WEIGHT,
     GENARM_WEIGHTS,
-    MIX_WEIGHTS,
-    MORL_SIDES,
-    SOUP_WEIGHTS,
-    mix_name,
 )
-from jobs.reproduce.trainings import soup_name
+from pilotfish.evaluation.metrics import Comparison
 from pilotfish.evaluation.pareto import (
     Interval,
-    Point,
-    hypervolume,
-    mip,
     recovered_gap,
-    worst_point,
 )
 
 _ARGS = f"args_w{ARGS_WEIGHTS[2]:g}"
@@ -64,13 +56,6 @@ _WEAK = {
     "larger base, T=0.7": ("base_m", "weak_base_m", "dpo_m"),
     "larger base, greedy": ("base_m_greedy", "weak_base_m_greedy", "dpo_m_greedy"),
 }
-_SOUPS = {
-    0.0: "dpo_harmless",
-    **{weight: soup_name(weight) for weight in SOUP_WEIGHTS},
-    0.5: "soup",
-    1.0: "dpo_helpful",
-}
-_MORL = {0.0: "morl_harmless", 0.5: "morl", 1.0: "morl_helpful"}
 _RECOVERED_HARD, _RECOVERED = 0.4, 0.7
 _NEAR_DPO = 0.03
 
@@ -95,12 +80,16 @@ def write(evidence: Evidence) -> Chapter:
             "survey's table); more than 70% of the gap to a DPO-trained 70B recovered by a 7B guide"
         ),
         ours=(
-            f"{100 * versus.win_rate:.1f}% [{100 * versus.win_rate_low:.1f}, "
-            f"{100 * versus.win_rate_high:.1f}] wins and half ties against DPO; reward "
+            f"{_rate(versus)} % wins and half ties against DPO; reward "
             f"{over_seeds(results, 'genarm', seeds)} beside {over_seeds(results, 'dpo', seeds)}"
         ),
-        criteria=[*_criteria(evidence), *_weak_criteria(results), *_front_criteria(results)],
-        plots=[_against_kl(results), _against_weight(results), _weak_plot(results), _front_plot(results)],
+        criteria=[*_criteria(evidence), *_weak_criteria(results), *front.criteria(results)],
+        plots=[
+            _against_kl(results),
+            _against_weight(results),
+            _weak_plot(results),
+            front.plot(results),
+        ],
         tables=[
             Table(
                 caption="Every method on the same questions.",
@@ -109,7 +98,7 @@ def write(evidence: Evidence) -> Chapter:
             ),
             _versus_dpo(results),
             _weak_table(results),
-            _front_table(results),
+            front.table(results),
         ],
         not_gated=[
             "PARM above GenARM: the literature contradicts itself.",
@@ -201,13 +190,18 @@ def _versus_dpo(results: Results) -> Table:
         versus = results.gain(name, "dpo")
         num = versus.wins + versus.ties + versus.losses
         counts = [f"{one / num:.1%}" for one in (versus.wins, versus.ties, versus.losses)]
-        share = f"{100 * versus.win_rate:.1f} [{100 * versus.win_rate_low:.1f}, {100 * versus.win_rate_high:.1f}]"
+        share = _rate(versus)
         rows.append([label, *counts, share, gain_text(versus)])
     return Table(
         caption="Against DPO at T=0.7, question by question, judged by the true reward.",
         head=("method", "win", "tie", "loss", "win + ½ tie, %", "gain in reward"),
         rows=rows,
     )
+
+
+def _rate(versus: Comparison) -> str:
+    low, high = 100 * versus.win_rate_low, 100 * versus.win_rate_high
+    return f"{100 * versus.win_rate:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _gaps(results: Results) -> dict[str, Interval]:
@@ -221,7 +215,10 @@ def _weak_criteria(results: Results) -> list[Criterion]:
     gaps = _gaps(results)
     large = [gap for label, gap in gaps.items() if label.startswith("larger")]
     least = min(gap.value for gap in large)
-    claim = "A guide of an eighth of its size recovers the larger base's gap to its DPO (the lesser of sampled and greedy)"
+    claim = (
+        "A guide of an eighth of its size recovers the larger base's gap to its DPO (the lesser of "
+        "sampled and greedy)"
+    )
     return [
         at_least(claim, least, _RECOVERED_HARD, hard=True),
         at_least(f"{claim}, as much as published", least, _RECOVERED),
@@ -236,7 +233,10 @@ def _weak_table(results: Results) -> Table:
     ]
     weak = [str(results[name].reward) for name in ("base_xs", "weak_base_xs")]
     return Table(
-        caption="Weak to strong: the guide is of the smallest size, and was started from the smallest base.",
+        caption=(
+            "Weak to strong: the guide is of the smallest size, and was started from the smallest "
+            "base."
+        ),
         head=("base", "alone", "with the xs guide", "DPO of this base", "recovered share"),
         rows=[*rows, ["smaller base, T=0.7", *weak, "-", "-"]],
     )
@@ -257,86 +257,12 @@ def _weak_plot(results: Results) -> Plot:
         figures.BLUE if "guide" in label else figures.ORANGE if "DPO" in label else figures.GREY
         for label in names
     ]
-    rows = [(label, results[n].reward.mean, 1.96 * results[n].reward.error) for label, n in names.items()]
+    rows = [
+        (label, results[n].reward.mean, 1.96 * results[n].reward.error)
+        for label, n in names.items()
+    ]
     figure = figures.bars(rows, "true reward, T=0.7 (95%)", colours)
     return Plot(figure=figure, caption="One small guide on three bases of three sizes.")
-
-
-def _fronts(results: Results) -> dict[str, dict[float, Point]]:
-    """Return (helpful, harmless) by the weight on the helpful side."""
-
-    def points(names: dict[float, str]) -> dict[float, Point]:
-        return {
-            weight: (results[name].mean("helpful"), results[name].mean("harmless"))
-            for weight, name in sorted(names.items())
-        }
-
-    return {
-        "GenARM": points({weight: mix_name(weight) for weight in MIX_WEIGHTS}),
-        "Rewarded Soups": points(_SOUPS),
-        "MORL": points(_MORL),
-    }
-
-
-def _front_criteria(results: Results) -> list[Criterion]:
-    fronts = _fronts(results)
-    every = {name: list(front.values()) for name, front in fronts.items()}
-    worst = worst_point(*every.values())
-    volumes = {name: hypervolume(points, worst) for name, points in every.items()}
-    at_morl = [fronts["GenARM"][weight] for weight in _MORL]
-    share = hypervolume(at_morl, worst) / volumes["MORL"]
-    ends = [
-        all_alike(
-            f"All weight on {side}: the mix is the single guide exactly",
-            results[mix_name(weight)].texts,
-            results[f"only_{side}"].texts,
-        )
-        for weight, side in ((1.0, "helpful"), (0.0, "harmless"))
-    ]
-    return [
-        *ends,
-        Criterion(
-            claim="Hypervolume of the mixes beside Rewarded Soups, at five weights",
-            found=f"{volumes['GenARM']:.2f} and {volumes['Rewarded Soups']:.2f}",
-            wanted="larger",
-            holds=volumes["GenARM"] > volumes["Rewarded Soups"],
-        ),
-        at_least("Hypervolume of the mixes as a share of MORL's, at its three weights", share, 0.95),
-    ]
-
-
-def _front_plot(results: Results) -> Plot:
-    fronts = _fronts(results)
-    groups = {name: list(front.values()) for name, front in fronts.items()}
-    base = (results["base"].mean("helpful"), results["base"].mean("harmless"))
-    figure = figures.scatter({**groups, "base": [base]}, x="helpful", y="harmless")
-    return Plot(
-        figure=figure,
-        caption=(
-            "Two rewards that pull apart. Mixing guides moves along the front without any "
-            "training; a soup averages two DPO models; each MORL point is a PPO training."
-        ),
-    )
-
-
-def _front_table(results: Results) -> Table:
-    fronts = _fronts(results)
-    worst = worst_point(*(list(front.values()) for front in fronts.values()))
-    rows = []
-    for name, front in fronts.items():
-        alphas = [(weight, 1 - weight) for weight in front]
-        points = list(front.values())
-        shown = " · ".join(f"({x:.2f}, {y:.2f})" for x, y in points)
-        volume = f"{hypervolume(points, worst):.2f}"
-        rows.append([name, shown, volume, f"{mip(points, alphas):.2f}"])
-    return Table(
-        caption=(
-            "(helpful, harmless) from all weight on harmless to all on helpful. The reference of "
-            f"the hypervolume is the worst of all, ({worst[0]:.2f}, {worst[1]:.2f})."
-        ),
-        head=("method", "points", "hypervolume", "mean inner product"),
-        rows=rows,
-    )
 
 
 SPEC = ChapterSpec(
@@ -347,10 +273,7 @@ SPEC = ChapterSpec(
         *("base_t1", "dpo_t1", *_sweep()),
         *(name for names in _WEAK.values() for name in names),
         *("base_xs", "weak_base_xs"),
-        *(mix_name(weight) for weight in MIX_WEIGHTS),
-        *(f"only_{side}" for side in MORL_SIDES),
-        *_SOUPS.values(),
-        *_MORL.values(),
+        *front.METHODS,
     ),
     write=write,
 )

@@ -27,7 +27,8 @@ _EQUAL = {
     _ARGS: f"ARGS w={EQUAL_WEIGHT:g}",
 }
 _INDIRECT = {"transfer_naive": "direct, as if r were r_BL", "transfer_indirect": "indirect"}
-_RULES = ("Transfer Q*", "CD", "ARGS", "direct, naive", "indirect")
+_VALUES = ("Transfer Q*", "CD", "ARGS", "direct, naive", "indirect")
+_RULES = {"alpha": "at equal alpha", "greedy": "greedy"}
 
 
 def write(evidence: Evidence) -> Chapter:
@@ -60,7 +61,10 @@ def write(evidence: Evidence) -> Chapter:
         tables=[
             _worlds_table(worlds),
             Table(
-                caption=f"The kitchen at equal weight, greedy, ten candidates; Transfer Q* on {num} questions.",
+                caption=(
+                    "The kitchen at equal weight, greedy, ten candidates; Transfer Q* on the first "
+                    f"{num} questions."
+                ),
                 head=METHOD_HEAD,
                 rows=method_rows(results, _EQUAL),
             ),
@@ -86,18 +90,27 @@ def _criteria(results: Results, worlds: dict[str, list[float]]) -> list[Criterio
     pairs = (("Transfer Q*", "CD"), ("CD", "ARGS"), ("indirect", "direct, naive"))
     exact = [
         above(
-            f"{one} is above {other}, {'greedy' if rule == 'greedy' else 'at equal alpha'}, in exact expectation",
+            f"{one} is above {other} in exact expectation, {_RULES[rule]}",
             compare(worlds[f"{one}, {rule}"], worlds[f"{other}, {rule}"]),
             hard=True,
         )
         for one, other in pairs
-        for rule in ("alpha", "greedy")
+        for rule in _RULES
     ]
     return [
         *exact,
-        above("In the kitchen, Transfer Q* is above the greedy base", results.gain(_TRANSFER, "base_greedy"), hard=True),
-        above("... and above the sampled base at T=0.7", results.gain(_TRANSFER, "base"), hard=True),
-        above("In the kitchen, Transfer Q* is above controlled decoding", results.gain(_TRANSFER, "cd_equal")),
+        above(
+            "In the kitchen, Transfer Q* is above the greedy base",
+            results.gain(_TRANSFER, "base_greedy"),
+            hard=True,
+        ),
+        above(
+            "... and above the sampled base at T=0.7", results.gain(_TRANSFER, "base"), hard=True
+        ),
+        above(
+            "In the kitchen, Transfer Q* is above controlled decoding",
+            results.gain(_TRANSFER, "cd_equal"),
+        ),
         above("In the kitchen, controlled decoding is above ARGS", results.gain("cd_equal", _ARGS)),
         above(
             "In the kitchen, indirect is above direct where r is not r_BL",
@@ -115,14 +128,14 @@ def _worlds_table(worlds: dict[str, list[float]]) -> Table:
         ),
         head=("value of a token", "at equal alpha", "greedy"),
         rows=[
-            [name, *(str(estimate(worlds[f"{name}, {rule}"])) for rule in ("alpha", "greedy"))]
-            for name in _RULES
+            [name, *(str(estimate(worlds[f"{name}, {rule}"])) for rule in _RULES)]
+            for name in _VALUES
         ],
     )
 
 
 def _worlds_plot(worlds: dict[str, list[float]]) -> Plot:
-    found = [(name, estimate(worlds[f"{name}, alpha"])) for name in _RULES]
+    found = [(name, estimate(worlds[f"{name}, alpha"])) for name in _VALUES]
     rows = [(name, one.mean, 1.96 * one.error) for name, one in found]
     colours = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.GREY, figures.BLUE]
     return Plot(
@@ -140,7 +153,7 @@ def _deviation(results: Results) -> Plot:
             for one in [estimate(getattr(results[f"transfer_w{weight:g}"], read))]
         ]
     return Plot(
-        figure=figures.curves(lines, x="weight w = 1/α", y="mean per answer", log=True),
+        figure=figures.curves(lines, x="weight w = 1/alpha", y="mean per answer", log=True),
         caption="The knob of deviation: how much the value counts beside the base, greedy.",
     )
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
+from jobs.pool import ActorsConfig, settle_in
 from jobs.reproduce.measured import Measured
 from jobs.reproduce.methods import JUDGE, MAX_TOKENS, SEED, Guided, Method, folder_of
 from pilotfish import Pilot, SamplingParams
@@ -40,7 +39,7 @@ class Copyist:
 
 def measure(root: Path, method: Method, num: int) -> Measured:
     """Load the models and answer, in this process. Raises what loading and decoding raise."""
-    torch.set_num_threads(1)
+    settle_in(ActorsConfig())
     pilot = Pilot(
         folder_of(root, method.base),
         {name: source_of(root, guide) for name, guide in method.guides.items()},

@@ -97,10 +97,15 @@ def _proxy() -> Iterable[tuple[str, Method]]:
             num=50,
         ),
     )
-    unseen = {"temperature": 1.0, "questions": "unseen"}
-    yield "unseen_base", Method(label="base", **unseen)
-    yield "unseen_proxy", Method(label="trained with them", guides=one("proxy"), **unseen)
-    yield "unseen_proxy_seen", Method(label="never met them", guides=one("proxy_seen"), **unseen)
+    yield "unseen_base", Method(label="base", temperature=1, questions="unseen")
+    yield (
+        "unseen_proxy",
+        Method(label="trained with them", guides=one("proxy"), temperature=1, questions="unseen"),
+    )
+    yield (
+        "unseen_proxy_seen",
+        Method(label="never met them", guides=one("proxy_seen"), temperature=1, questions="unseen"),
+    )
 
 
 def _genarm() -> Iterable[tuple[str, Method]]:
@@ -115,27 +120,26 @@ def _genarm() -> Iterable[tuple[str, Method]]:
     best = Guided(kind="best_of_n", models={"reward": "reward_model"}, settings={"num_drafts": 16})
     yield "best_of_16", Method(label="best of 16", guides={"best_of_n": best}, temperature=1)
     yield "pargs", Method(label="PARGS w=6", guides=one("reward_prefix", weight=6), temperature=0)
-    for base, label in (("base", "base"), ("base_m", "larger base"), ("base_xs", "smaller base")):
-        for temperature, suffix in ((0.7, ""), (0, "_greedy")):
+    yield from _weak_to_strong()
+
+
+def _weak_to_strong() -> Iterable[tuple[str, Method]]:
+    yield "base_xs", Method(label="smaller base", base="base_xs")
+    guide = one("genarm_xs")
+    yield "weak_base_xs", Method(label="smaller base + xs guide", base="base_xs", guides=guide)
+    for temperature, suffix in ((0.7, ""), (0.0, "_greedy")):
+        for base, label in (("base", "base"), ("base_m", "larger base")):
             yield (
                 f"weak_{base}{suffix}",
                 Method(
-                    label=f"{label} + xs guide",
-                    base=base,
-                    guides=one("genarm_xs"),
-                    temperature=temperature,
+                    label=f"{label} + xs guide", base=base, guides=guide, temperature=temperature
                 ),
             )
-    for name, label in (
-        ("base_m", "larger base"),
-        ("base_xs", "smaller base"),
-        ("dpo_m", "DPO of it"),
-    ):
-        if name != "dpo_m":
-            yield name, Method(label=label, base=name)
-            yield f"{name}_greedy", Method(label=f"{label}, greedy", base=name, temperature=0)
-    yield "dpo_m", Method(label="DPO of the larger base", base="dpo_m")
-    yield "dpo_m_greedy", Method(label="DPO of it, greedy", base="dpo_m", temperature=0)
+        yield f"base_m{suffix}", Method(label="larger base", base="base_m", temperature=temperature)
+        yield (
+            f"dpo_m{suffix}",
+            Method(label="DPO of the larger base", base="dpo_m", temperature=temperature),
+        )
 
 
 def _front() -> Iterable[tuple[str, Method]]:
@@ -160,19 +164,31 @@ def mix_name(weight: float) -> str:
 
 
 def _transfer_q() -> Iterable[tuple[str, Method]]:
-    rolled = {"temperature": 0.0, "num": NUM_ROLLED_OUT}
     for weight in TRANSFER_WEIGHTS:
         yield (
             f"transfer_w{weight:g}",
-            Method(label=f"Transfer Q* w={weight:g}", guides=_transfer(weight), **rolled),
+            Method(
+                label=f"Transfer Q* w={weight:g}",
+                guides=_transfer(weight),
+                temperature=0,
+                num=NUM_ROLLED_OUT,
+            ),
         )
     value = one("value", weight=EQUAL_WEIGHT, num_candidates=10)
-    yield "cd_equal", Method(label=f"CD w={EQUAL_WEIGHT:g}", guides=value, **rolled)
-    few = {"temperature": 0.0, "num": NUM_INDIRECT}
+    yield (
+        "cd_equal",
+        Method(label=f"CD w={EQUAL_WEIGHT:g}", guides=value, temperature=0, num=NUM_ROLLED_OUT),
+    )
     naive = _transfer(2.0, rollout="dpo_helpful", **_RAW)
-    yield "transfer_naive", Method(label="direct, naive", guides=naive, **few)
+    yield (
+        "transfer_naive",
+        Method(label="direct, naive", guides=naive, temperature=0, num=NUM_INDIRECT),
+    )
     indirect = _transfer(2.0, rollout="dpo_helpful", mode="indirect", beta=0.3, **_RAW)
-    yield "transfer_indirect", Method(label="indirect", guides=indirect, **few)
+    yield (
+        "transfer_indirect",
+        Method(label="indirect", guides=indirect, temperature=0, num=NUM_INDIRECT),
+    )
 
 
 def _aligner() -> Iterable[tuple[str, Method]]:

@@ -118,6 +118,19 @@ def at_most(
     )
 
 
+def beyond_zero(
+    claim: str, value: float, *, sign: int = 1, hard: bool = False, unit: str = ""
+) -> Criterion:
+    """A number above zero; or below, where `sign` is -1."""
+    return Criterion(
+        claim=claim,
+        found=f"{value:+.3g}{unit}",
+        wanted="> 0" if sign > 0 else "< 0",
+        holds=sign * value > 0,
+        hard=hard,
+    )
+
+
 def all_alike(claim: str, texts: Sequence[str], others: Sequence[str]) -> Criterion:
     """Two ways to answer that must be the same, word by word."""
     same = sum(one == other for one, other in zip(texts, others, strict=False))

@@ -16,7 +16,7 @@ from jobs.reproduce.chapter import (
     above,
     all_alike,
     at_least,
-    at_most,
+    beyond_zero,
     gain_text,
     margin,
     method_rows,
@@ -97,21 +97,20 @@ def _criteria(evidence: Evidence, omega: Mapping[str, float]) -> list[Criterion]
             hard=True,
         ),
         *(
-            at_least(
+            beyond_zero(
                 f"One Aligner makes answers of {UPSTREAMS[name]}, never seen, more harmless "
                 "(wins less losses)",
                 omega[name],
-                0.01,
                 hard=True,
                 unit="%",
             )
             for name in _NEVER_SEEN
         ),
-        at_least("... and those of GenARM", omega["genarm"], 0.01, unit="%"),
-        at_most(
+        beyond_zero("... and those of GenARM", omega["genarm"], unit="%"),
+        beyond_zero(
             "The better a model, the smaller the gain (rank correlation)",
             spearman(quality, gains),
-            -0.01,
+            sign=-1,
         ),
         at_least(
             "A second pass does no harm (wins less losses)",

@@ -52,8 +52,7 @@ def write(evidence: Evidence) -> Chapter:
     """Write the chapter from what was measured."""
     results, seeds = evidence.results, evidence.num_seeds
     gain = gain_over_seeds(results, "proxy", "base_t1", seeds)
-    labels = {**_CONTROLS, "proxy_untrained": "untrained proxy", "proxy": "Proxy-RLHF"}
-    fields = results["proxy"].rewards, results["base_t1"].rewards
+    rewards = {"base, T=1": results["base_t1"].rewards, "Proxy-RLHF": results["proxy"].rewards}
     return Chapter(
         title="Proxy-RLHF",
         paper=(
@@ -76,33 +75,14 @@ def write(evidence: Evidence) -> Chapter:
         criteria=_criteria(evidence),
         plots=[
             Plot(
-                figure=figures.histograms(
-                    {"base, T=1": fields[1], "Proxy-RLHF": fields[0]}, "true reward of an answer"
-                ),
+                figure=figures.histograms(rewards, "true reward of an answer"),
                 caption="Rewards of single answers to the same questions, and their deciles.",
             ),
             _heatmap(evidence.root),
             _data_curve(results),
             _ablation(results),
         ],
-        tables=[
-            Table(
-                caption="The proxy and its controls.",
-                head=METHOD_HEAD,
-                rows=method_rows(results, labels),
-            ),
-            _parameter_table(evidence.root),
-            Table(
-                caption=(
-                    f"Unseen prompts: questions of {' and '.join(UNSEEN_NAMES)} about "
-                    f"{' and '.join(UNSEEN_DISHES)}. One proxy was trained without any question "
-                    "about these names or dishes."
-                ),
-                head=METHOD_HEAD,
-                rows=method_rows(results, _UNSEEN),
-            ),
-            _overhead(results),
-        ],
+        tables=_tables(evidence),
         not_gated=[
             "Whether more hidden units help: the proxy is kept below 1% of the base.",
             "p_t is our reading of a rule that no public text states; here it is a floor on the "
@@ -111,6 +91,29 @@ def write(evidence: Evidence) -> Chapter:
             "best way to decode the base alone, not only with sampling at temperature 1.",
         ],
     )
+
+
+def _tables(evidence: Evidence) -> list[Table]:
+    results = evidence.results
+    labels = {**_CONTROLS, "proxy_untrained": "untrained proxy", "proxy": "Proxy-RLHF"}
+    return [
+        Table(
+            caption="The proxy and its controls.",
+            head=METHOD_HEAD,
+            rows=method_rows(results, labels),
+        ),
+        _parameter_table(evidence.root),
+        Table(
+            caption=(
+                f"Unseen prompts: questions of {' and '.join(UNSEEN_NAMES)} about "
+                f"{' and '.join(UNSEEN_DISHES)}. One proxy was trained without any question "
+                "about these names or dishes."
+            ),
+            head=METHOD_HEAD,
+            rows=method_rows(results, _UNSEEN),
+        ),
+        _overhead(results),
+    ]
 
 
 def _criteria(evidence: Evidence) -> list[Criterion]:

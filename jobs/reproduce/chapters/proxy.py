@@ -126,7 +126,6 @@ def _criteria(evidence: Evidence) -> list[Criterion]:
     best = max(_CONTROLS, key=lambda name: results[name].reward.mean)
     untrained = results.gain("proxy_untrained", best)
     parameters = _parameters(evidence.root)
-    ablated = results["proxy_literal"]
     return [
         above(
             "The mean reward is above the base's (mean over seeds)",
@@ -169,11 +168,20 @@ def _criteria(evidence: Evidence) -> list[Criterion]:
             results["proxy_off_iid"].texts,
             results["base_t1"].texts,
         ),
+        *_soft(evidence),
+    ]
+
+
+def _soft(evidence: Evidence) -> list[Criterion]:
+    results = evidence.results
+    return [
         _interior(evidence.root),
         _tuned(evidence.root),
         at_least("Share of the gain with half of the prompts", _half_share(results), 0.8),
         at_least(
-            "The literal rule collapses: share of garbled answers", ablated.bad_share, _COLLAPSED
+            "The literal rule collapses: share of garbled answers",
+            results["proxy_literal"].bad_share,
+            _COLLAPSED,
         ),
         above(
             "It helps with names and dishes that it never met",

@@ -1,12 +1,7 @@
 """Proxy-RLHF: Zhu et al., "Proxy-RLHF: Decoupling Generation and Alignment in Large Language Model
 with Proxy", 2024."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from jobs.reproduce import figures
 from jobs.reproduce.chapter import (
@@ -24,11 +19,11 @@ from jobs.reproduce.chapter import (
     gain_text,
     method_rows,
 )
+from jobs.reproduce.chapters import knobs
 from jobs.reproduce.measured import Results
 from jobs.reproduce.methods import UNSEEN_DISHES, UNSEEN_NAMES, folder_of
 from jobs.reproduce.seeds import gain_over_seeds, names_of, over_seeds
 from jobs.reproduce.trainings import ALL_PROXY_PROMPTS, PROXY_PROMPTS
-from pilotfish.evaluation.metrics import Comparison
 from pilotfish.evaluation.pareto import decile_shifts
 from pilotfish.train.export import read_record
 
@@ -78,7 +73,7 @@ def write(evidence: Evidence) -> Chapter:
                 figure=figures.histograms(rewards, "true reward of an answer"),
                 caption="Rewards of single answers to the same questions, and their deciles.",
             ),
-            _heatmap(evidence.root),
+            knobs.heatmap(evidence.root),
             _data_curve(results),
             _ablation(results),
         ],
@@ -175,8 +170,8 @@ def _criteria(evidence: Evidence) -> list[Criterion]:
 def _soft(evidence: Evidence) -> list[Criterion]:
     results = evidence.results
     return [
-        _interior(evidence.root),
-        _tuned(evidence.root),
+        knobs.interior(evidence.root),
+        knobs.tuned(evidence.root),
         at_least("Share of the gain with half of the prompts", _half_share(results), 0.8),
         at_least(
             "The literal rule collapses: share of garbled answers",
@@ -190,64 +185,10 @@ def _soft(evidence: Evidence) -> list[Criterion]:
     ]
 
 
-def _interior(root: Path) -> Criterion:
-    """The best p_t lies between the ends, at the temperature of training."""
-    rewards = {
-        p_t: one["reward"] for (p_t, temperature), one in _cells(root).items() if temperature == 1
-    }
-    best, ends = max(rewards, key=rewards.__getitem__), (min(rewards), max(rewards))
-    return Criterion(
-        claim="The best p_t is inside the range, at T=1",
-        found=f"{best:g}",
-        wanted=f"inside {ends[0]:g} to {ends[1]:g}",
-        holds=ends[0] < best < ends[1],
-    )
-
-
 def _half_share(results: Results) -> float:
     base = results["base_t1"].reward.mean
     half = PROXY_PROMPTS[-1]
     return (results[f"proxy_{half}"].reward.mean - base) / (results["proxy"].reward.mean - base)
-
-
-def _cells(root: Path) -> dict[tuple[float, float], Mapping[str, float]]:
-    """Return the metrics that the search found, by p_t and temperature."""
-    trials = _found(root, "results.json")["trials"]
-    return {
-        (one["knobs"]["args.proxy.p_t"], one["knobs"]["temperature"]): one["metrics"]
-        for one in trials
-    }
-
-
-def _found(root: Path, name: str) -> Any:
-    path = root / "reproduce" / "search_proxy" / name
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _heatmap(root: Path) -> Plot:
-    """Reward and share of broken answers over p_t and temperature."""
-    cells = _cells(root)
-    p_ts, temperatures = (sorted({knobs[axis] for knobs in cells}) for axis in (0, 1))
-    panels = {
-        title: np.array([[cells[p_t, t][metric] for p_t in p_ts] for t in temperatures])
-        for title, metric in (("true reward", "reward"), ("share of broken answers", "bad_share"))
-    }
-    return Plot(
-        figure=figures.heatmaps(panels, p_ts, temperatures, "p_t", "temperature"),
-        caption=(
-            "The proxy's two knobs at decoding time, searched on questions of their own; what "
-            "fell behind was stopped after 64 of them. The proxy was trained at p_t=0.05, T=1."
-        ),
-    )
-
-
-def _tuned(root: Path) -> Criterion:
-    """What the search's winner gains on questions that the search never saw."""
-    winner = _found(root, "winner.json")
-    knobs = {name.rpartition(".")[2]: value for name, value in winner["knobs"].items()}
-    gain = Comparison(**winner["confirmation"]["gains"]["reward"]["comparison"])
-    shown = ", ".join(f"{name}={value:g}" for name, value in knobs.items())
-    return above(f"Knobs that a search found ({shown}) are above those of training", gain)
 
 
 def _data_curve(results: Results) -> Plot:

@@ -50,7 +50,7 @@ def write(evidence: Evidence) -> Chapter:
         tables=[_cost_table(results)],
         not_gated=[
             "Absolute seconds: they are of this machine and of what else it did.",
-            "Over-optimisation of every knob: GenARM's weight never breaks in this world up to 8.",
+            "Over-optimisation of GenARM's weight: up to 8 the truth hardly falls from its best.",
             "The gap between ARGS and GenARM over lengths of 64 to 512 tokens: the kitchen's "
             "answers end by themselves after 30 to 70, so only the sign over those is looked at.",
         ],

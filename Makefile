@@ -8,7 +8,7 @@ CONFIG ?= jobs/configs/kitchen/genarm.yaml
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart kitchen train test test-unit check format clean
+.PHONY: help setup quickstart kitchen reproduce train test test-unit check format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ quickstart: setup ## Train a guide on a miniature world, measure it, serve it (m
 
 kitchen: setup ## Train every guide and baseline of the miniature world; one table (about 20 min)
 	$(RUN) -m jobs.kitchen
+
+reproduce: setup ## Train, tune, measure: one page on four papers' claims
+	$(RUN) -m jobs.reproduce
 
 train: setup ## Train from a config: make train CONFIG=jobs/configs/kitchen/genarm.yaml
 	$(RUN) -m jobs.train $(CONFIG)

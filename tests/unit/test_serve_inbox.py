@@ -181,7 +181,8 @@ def test_a_stranger_is_shown_out_and_others_are_served_on(server: Server, said: 
     async def use(inbox: Inbox) -> list[list[Token]]:
         request = journal(server, 0).request()
         _ = inbox.call(request, lambda _: LocalStream(_silence()))
-        reply_to = request["reply_to"]
+        reply_to = request.get("reply_to")
+        assert reply_to is not None
         reader, writer = await asyncio.open_connection(HOST, reply_to.port)
         writer.write(said)
         writer.write(frames.pack([[reply_to.key, [[0, 1, 0.0, 0.0, 0.0, "stop"]]]]))

@@ -22,9 +22,6 @@ from pilotfish.chat import render_prompt
 from pilotfish.context import Prompt
 from pilotfish.decode.sequence import Request
 
-_NICENESS = 15
-"""That of Ray's workers, so that whatever else runs here slows both sides down alike."""
-
 
 @dataclass(frozen=True)
 class Load:
@@ -90,7 +87,6 @@ class InProcess:
 
     def __init__(self, base: str, guide: str) -> None:
         torch.set_num_threads(1)
-        os.nice(_NICENESS)
         self._pilot = Pilot(base, {"helpful": guide}, device="cpu", num_slots=32)
         self._keys = iter(range(10**9))
 

@@ -7,9 +7,9 @@ sampled, the base decoded greedily, and the base at the temperatures that guidan
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator, model_validator
 
 from pilotfish.config import Config
 from pilotfish.errors import ConfigError
@@ -35,6 +35,8 @@ class Setting(Sampling):
     name: str
     guides: dict[str, float] = Field(default_factory=dict)
     """Weight by guide name, in the order of tilting; empty is the base alone."""
+    args: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Decode-time settings by guide name, in place of those of its card; see `Pilot.vary`."""
 
     @field_validator("name")
     @classmethod
@@ -42,6 +44,16 @@ class Setting(Sampling):
         if not re.search(r"\w", name):
             raise ValueError("wanted a name with letters or digits")
         return name
+
+    @model_validator(mode="after")
+    def _check_args(self) -> Self:
+        without = [name for name in self.args if name not in self.guides]
+        if without:
+            raise ValueError(
+                f"args are for guide {without[0]!r}, which is not among the guides "
+                f"({', '.join(self.guides) or 'none'})"
+            )
+        return self
 
     @property
     def is_base(self) -> bool:

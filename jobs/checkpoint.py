@@ -50,10 +50,10 @@ def save(engine: Any, folder: Path, position: Position) -> None:
 def resume(engine: Any, folder: Path) -> Position:
     """Restore weights, optimizer, schedule and random state of a checkpoint that all workers see.
 
-    Learning rate, betas and weight decay are those that the engine was started with, whoever wrote
-    the checkpoint. ZeRO's shards fit the number of workers that wrote them; for another number the first worker
-    converts them. Then the data and the optimizer go on exactly, and random numbers as
-    `_restore_random_state` says. Raises `CheckpointError`.
+    Learning rate, betas and weight decay stay those that the engine was started with, whatever the
+    checkpoint's were. ZeRO's shards fit the number of workers that wrote them; for another number
+    the first worker converts them. Then the data and the optimizer go on exactly, and random
+    numbers as `_restore_random_state` says. Raises `CheckpointError`.
     """
     position = read_position(folder)
     if position.num_workers != dist.get_world_size() and engine.zero_optimization():

@@ -15,7 +15,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from torch import Tensor
 
 from jobs.checkpoint import MODEL_FOLDER, Position, resume, save
-from jobs.part import CHECKPOINT_FOLDER, Part
+from jobs.stretch import CHECKPOINT_FOLDER, Stretch
 from pilotfish.train.config import TrainConfig
 from pilotfish.train.metrics import Tally, add, wilson_interval
 
@@ -52,17 +52,17 @@ class Trainee(Protocol):
 
 
 def run_steps(
-    trainee: Trainee, train: TrainConfig, progress: Any, *, part: Part | None = None
+    trainee: Trainee, train: TrainConfig, progress: Any, *, stretch: Stretch | None = None
 ) -> list[dict[str, float]]:
-    """Take the steps that are left, of the whole training or of a part; return all reports.
+    """Take the steps that are left, of the whole training or of a stretch; return all reports.
 
     `progress` is the board's handle.
     """
-    position = _position(trainee, part)
+    position = _position(trainee, stretch)
     trainee.restore(position.state)
     total, rank = trainee.total_steps, dist.get_rank()
-    if part is not None:
-        total = min(part.until, total)
+    if stretch is not None:
+        total = min(stretch.until, total)
     tallies: dict[str, Tally] = {}
     started, since = time.monotonic(), position.step
     for step in range(position.step, total):
@@ -138,14 +138,14 @@ def _is_multiple(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _position(trainee: Trainee, part: Part | None) -> Position:
-    """Restore the last checkpoint of the run, or that of the part before; return where to go on."""
+def _position(trainee: Trainee, stretch: Stretch | None) -> Position:
+    """Restore the run's last checkpoint, or that of the stretch before; return where to go on."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             return resume(trainee.engine, Path(folder))
-    if part is not None and part.start is not None:
-        return resume(trainee.engine, part.start / CHECKPOINT_FOLDER)
+    if stretch is not None and stretch.start is not None:
+        return resume(trainee.engine, stretch.start / CHECKPOINT_FOLDER)
     return Position()
 
 

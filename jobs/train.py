@@ -33,9 +33,9 @@ from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
 from jobs.config import JobConfig
 from jobs.dry_run import check_base, memory_plan
-from jobs.part import CHECKPOINT_FOLDER, Part, part_hash
+from jobs.stretch import CHECKPOINT_FOLDER, Stretch, stretch_hash
 from jobs.progress import hide_bars, progress_bar
-from jobs.records import describe, training_record
+from jobs.records import describe, training_record, version_tags
 from jobs.resolve import config_hash, resolved
 from jobs.run_folder import RunInfo, prepare_in, read_run_info, write_run_info
 from jobs.worker import WorkerSettings, train_loop
@@ -49,15 +49,17 @@ logger = logging.getLogger(__name__)
 WorkerLoop = Callable[[dict[str, Any]], list[dict[str, float]]]
 
 
-def train(config: JobConfig, *, loop: WorkerLoop = train_loop, part: Part | None = None) -> Path:
+def train(
+    config: JobConfig, *, loop: WorkerLoop = train_loop, stretch: Stretch | None = None
+) -> Path:
     """Run the job and return the folder it wrote.
 
     Returns at once when the output was trained from the same settings before. Raises `ConfigError`
     for an output of other settings, unless `force` is set. `loop` is what each worker runs. With
-    `part`, that part is trained alone, and the folder also holds what the next one starts from.
+    `stretch` those steps are taken alone, and the folder also holds what the next ones start from.
     """
     config = resolved(config)
-    digest = config_hash(config) if part is None else part_hash(config, part)
+    digest = config_hash(config) if stretch is None else stretch_hash(config, stretch)
     output = Path(config.output)
     if _is_done(config, digest):
         logger.info("%s is trained already from these settings; reusing it", output)
@@ -71,19 +73,19 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop, part: Part | None
         shutil.rmtree(run_folder, ignore_errors=True)
     cluster.connect(num_cpus=config.num_cpus, gpus=config.scaling.use_gpu)
     with ExitStack() as stack:
-        run = _open_run(config, digest, run_folder, part, stack)
+        run = _open_run(config, digest, run_folder, stretch, stack)
         info = RunInfo(
             config_hash=digest,
             run_id=None if run is None else run.run_id,
             tracking_uri=None if run is None else run.uri,
         )
         write_run_info(run_folder, info, config)
-        history, checkpoint = _fit(config, run_folder, run, loop, part)
+        history, checkpoint = _fit(config, run_folder, run, loop, stretch)
         record = training_record(config, info, history)
         # A job that is killed in here does all of it again.
         with whole_folder(output) as folder:
             shutil.copytree(checkpoint / MODEL_FOLDER, folder, dirs_exist_ok=True)
-            if part is not None:
+            if stretch is not None:
                 rest = shutil.ignore_patterns(MODEL_FOLDER)
                 shutil.copytree(checkpoint, folder / CHECKPOINT_FOLDER, ignore=rest)
             describe(folder, config, record)
@@ -128,12 +130,12 @@ def _slug(config: JobConfig) -> str:
 
 
 def _open_run(
-    config: JobConfig, digest: str, run_folder: Path, part: Part | None, stack: ExitStack
+    config: JobConfig, digest: str, run_folder: Path, stretch: Stretch | None, stack: ExitStack
 ) -> tracking.TrackedRun | None:
     info = read_run_info(run_folder)
     before = None if info is None else (info.run_id, info.tracking_uri)
-    if before is None and part is not None:
-        before = part.run_before(config)
+    if before is None and stretch is not None:
+        before = stretch.run_before(config)
     uri = tracking.tracking_uri(config.tracking, config.root)
     return stack.enter_context(
         tracking.tracked_run(
@@ -152,7 +154,7 @@ def _fit(
     run_folder: Path,
     run: tracking.TrackedRun | None,
     loop: WorkerLoop,
-    part: Part | None,
+    stretch: Stretch | None,
 ) -> tuple[list[dict[str, float]], Path]:
     """Run the workers; return their reports and their last checkpoint, which holds the model."""
     prepared, lengths = _prepare(config, run_folder)
@@ -166,7 +168,7 @@ def _fit(
             progress=board,
             run_id=None if run is None else run.run_id,
             tracking_uri=None if run is None else run.uri,
-            part=part,
+            stretch=stretch,
         )
         trainer = TorchTrainer(
             loop,
@@ -223,13 +225,7 @@ def _publish(
     figure = tracking.curves_figure(record["history"], quantities, _slug(config))
     run.log_figure(figure, name)
     if config.tracking.register_as is not None:
-        tags = {
-            "kind": config.guide_kind or "base",
-            "base": config.base_name[:200],
-            "config_hash": record["config_hash"],
-            "git_commit": record["git_commit"],
-        }
-        run.register(folder, config=config.tracking, tags=tags)
+        run.register(folder, config=config.tracking, tags=version_tags(config, record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

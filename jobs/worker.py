@@ -10,7 +10,7 @@ import transformers
 
 from jobs.config import JobConfig
 from jobs.dataset import Prepared
-from jobs.part import Part
+from jobs.stretch import Stretch
 from jobs.reward_training import reward_training
 from jobs.steps import Trainee, run_steps
 from jobs.supervised import SupervisedTraining
@@ -29,7 +29,7 @@ class WorkerSettings:
     run_id: str | None = None
     """Of MLflow, if the job is tracked."""
     tracking_uri: str | None = None
-    part: Part | None = None
+    stretch: Stretch | None = None
     """None: the whole training."""
 
 
@@ -48,7 +48,7 @@ def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
             trainee: Trainee = reward_training(job.config, prepared)
         else:
             trainee = SupervisedTraining(job.config, prepared)
-        return run_steps(trainee, job.config.train, job.progress, part=job.part)
+        return run_steps(trainee, job.config.train, job.progress, stretch=job.stretch)
 
 
 def _set_log_levels() -> None:

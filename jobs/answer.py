@@ -15,19 +15,17 @@ from functools import partial
 from pathlib import Path
 
 from jobs.command import run_command
-from jobs.decoder import Decoder, Part
+from jobs.decoder import Decoder, Part, read_cards
 from jobs.pool import Chunk, chunks_of, run_chunks
 from jobs.prompts import prompts_of
-from jobs.resolve import content_hash, identity
+from jobs.resolve import content_hash, identified, identity
 from jobs.rows import PAIRS_NAME, Recipe, Row, make_rows, show, write_rows
 from jobs.rows_config import AnswerConfig, resolved_answer, reward_identity
 from pilotfish.data.preferences import as_turn, best_of_each, preference_rows
 from pilotfish.data.records import PromptText
 from pilotfish.evaluation.metrics import estimate, share
 from pilotfish.evaluation.rewards import NoRewardConfig
-from pilotfish.guides import check_guide
 from pilotfish.models.loading import load_tokenizer
-from pilotfish.models.vocab import fingerprint
 
 
 def answer(config: AnswerConfig) -> Path:
@@ -37,8 +35,7 @@ def answer(config: AnswerConfig) -> Path:
     """
     config = resolved_answer(config)
     tokenizer = load_tokenizer(config.base)
-    for folder in config.guides.values():
-        check_guide(folder, base=config.base, base_vocab=fingerprint(tokenizer))
+    read_cards(config, tokenizer)  # a wrong guide should not cost a cluster's start
     prompts, _ = prompts_of(config.prompts, tokenizer)
     chunks = chunks_of(
         [prompt for prompt in prompts for _ in range(config.num_answers)],
@@ -77,7 +74,7 @@ def _digest(config: AnswerConfig, prompts: Sequence[PromptText]) -> str:
     return content_hash(
         {
             "base": identity(config.base),
-            "guides": {name: identity(folder) for name, folder in config.guides.items()},
+            "guides": identified(config.guides),
             "setting": config.setting.model_dump(mode="json"),
             "decoding": config.decoding.decisive(),
             "seed": config.seed,

@@ -6,7 +6,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from ray.exceptions import RayError
@@ -27,28 +27,41 @@ def run_command(
     *,
     job: str,
     about: str,
-    config_type: type[C],
+    config_type: type[C] | Callable[[str, Sequence[str]], type[C]],
     resolved: Callable[[C], C],
-    run: Callable[[C], str],
+    run: Callable[..., str],
+    package: str = "jobs",
+    example: str | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a job as its command line says, print what `run` returns, and return the exit code."""
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}", description=about)
-    parser.add_argument("config", help=f"YAML file, such as jobs/configs/kitchen/{job}.yaml")
+    """Run a job as its command line says, print what `run` returns, and return the exit code.
+
+    `config_type` may be a function of the path and the overrides. `flags` are switches with their
+    help; `run` gets each by name.
+    """
+    flags = flags or {}
+    parser = argparse.ArgumentParser(prog=f"python -m {package}.{job}", description=about)
+    example = example or f"{package}/configs/kitchen/{job}.yaml"
+    parser.add_argument("config", help=f"YAML file, such as {example}")
     parser.add_argument("overrides", nargs="*", help="dotted overrides: seed=3 prompts.num=100")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config")
     parser.add_argument("--quiet", action="store_true", help="show warnings and the result alone")
+    for flag, purpose in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=purpose)
     args = parser.parse_intermixed_args(argv)
     if args.quiet:
         hide_bars()
     logging.basicConfig(format="%(levelname)s %(message)s")
-    for name in ("jobs", "pilotfish"):
+    for name in ("jobs", "tune", "pilotfish"):
         logging.getLogger(name).setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
+        if not isinstance(config_type, type):
+            config_type = config_type(args.config, args.overrides)
         config = configs.load(config_type, args.config, args.overrides)
         if args.dry_run:
             sys.stdout.write(configs.dump(resolved(config)))
             return 0
-        sys.stdout.write(run(config) + "\n")
+        sys.stdout.write(run(config, **{flag: getattr(args, flag) for flag in flags}) + "\n")
     except ConfigError as error:
         logger.error("%s", error)
         return 2

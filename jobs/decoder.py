@@ -1,18 +1,24 @@
 """Answers decoded and judged by actors, chunk by chunk."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 from jobs.decoding_config import DecodingJobConfig
 from jobs.evaluation_config import EvaluationConfig
 from jobs.pool import Chunk, chunks_of, run_chunks, settle_in
 from pilotfish import Pilot, SamplingParams
+from pilotfish.chain import make_chain
 from pilotfish.data.records import PromptText
 from pilotfish.evaluation.report import Answer
 from pilotfish.evaluation.rewards import Reward, build_reward
 from pilotfish.evaluation.settings import Setting
 from pilotfish.evaluation.summary import Decoded, to_answer
+from pilotfish.guides import GUIDES, check_guide, make_card, vary_card
+from pilotfish.guides.card import GuideCard
+from pilotfish.models.vocab import fingerprint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +44,20 @@ class Decoder:
 
         Raises what loading the models raises, at the first chunk.
         """
+        return self.answer(chunk, self._settings[chunk.label])
+
+    def answer(self, chunk: Chunk[PromptText], setting: Setting) -> Part:
+        """Answer prompts in a way that the decoder need not have been told of."""
         pilot, reward = self._load()
-        setting = self._settings[chunk.label]
+        guides = {
+            pilot.vary(name, **setting.args.get(name, {})): weight
+            for name, weight in setting.guides.items()
+        }
         numbers = range(chunk.start, chunk.start + len(chunk.items))
         params = [self._params(setting, number) for number in numbers]
         num_before = pilot.num_forwards
         started = time.perf_counter()
-        completions = pilot.generate(chunk.items, params, guides=setting.guides)
+        completions = pilot.generate(chunk.items, params, guides=guides)
         seconds = time.perf_counter() - started
         judged = reward.judge(chunk.items, [completion.text for completion in completions])
         return Part(
@@ -76,6 +89,27 @@ class Decoder:
             seed=self._job.seed + number,
             stop=self._job.decoding.stop,
         )
+
+
+def read_cards(
+    config: DecodingJobConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, GuideCard]:
+    """Return the cards of the guides by name, without loading anything.
+
+    A wrong guide should not cost a cluster's start. Raises what `check_guide` and `make_card` raise.
+    """
+    where = {"base": config.base, "base_vocab": fingerprint(tokenizer)}
+    return {
+        name: check_guide(source, **where) if isinstance(source, str) else make_card(source, **where)
+        for name, source in config.guides.items()
+    }
+
+
+def check_setting(setting: Setting, cards: Mapping[str, GuideCard]) -> None:
+    """Raise `ConfigError` for args, and `PromptError` for weights, that guides cannot honour."""
+    for name, args in setting.args.items():
+        vary_card(cards[name], args)
+    make_chain(setting.guides, {name: GUIDES[card.kind] for name, card in cards.items()})
 
 
 def decode_all(config: EvaluationConfig, prompts: Sequence[PromptText]) -> list[Decoded]:

@@ -1,7 +1,7 @@
 """What jobs that decode are told: a base with guides, prompts, a judge, and the actors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
@@ -53,13 +53,18 @@ class DecodingConfig(ActorsConfig):
     stop: tuple[str, ...] = ()
 
 
+GuideSource: TypeAlias = str | dict[str, Any]
+"""A guide folder, or the fields of a card over models that lie elsewhere, such as `{kind: best_of_n,
+settings: {reward: FOLDER}}`."""
+
+
 class DecodingJobConfig(OutputConfig):
     """A job in which a base with guides answers prompts, and a judge may say what that is worth."""
 
     base: str
     """Folder or hub id."""
-    guides: dict[str, str] = Field(default_factory=dict)
-    """Guide folder by name."""
+    guides: dict[str, GuideSource] = Field(default_factory=dict)
+    """By name."""
     prompts: PromptsConfig
     reward: RewardConfig
     seed: NonNegativeInt = 1
@@ -74,14 +79,21 @@ def with_paths(config: J) -> J:
     return with_output(config).model_copy(
         update={
             "base": absolute(config.base),
-            "guides": {name: absolute(folder) for name, folder in config.guides.items()},
+            "guides": {name: _with_paths(source) for name, source in config.guides.items()},
             "prompts": located(config.prompts),
             "reward": judged_by(config.reward),
         }
     )
 
 
-def check_guide_names(settings: Sequence[Setting], guides: Mapping[str, str]) -> None:
+def _with_paths(source: Any) -> Any:
+    """Return a guide's source with absolute paths, at any depth of a card's fields."""
+    if isinstance(source, dict):
+        return {key: _with_paths(value) for key, value in source.items()}
+    return absolute(source)
+
+
+def check_guide_names(settings: Sequence[Setting], guides: Mapping[str, GuideSource]) -> None:
     """Raise `ConfigError` for a setting with a guide that has no folder."""
     for setting in settings:
         unknown = [name for name in setting.guides if name not in guides]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jobs import tracking
 from jobs.command import run_command
-from jobs.decoder import decode_all
+from jobs.decoder import check_setting, decode_all, read_cards
 from jobs.evaluation_config import EvaluationConfig, resolved
 from jobs.prompts import prompts_of
 from pilotfish.evaluation.page import PAGE_NAME, write_page
@@ -21,9 +21,7 @@ from pilotfish.evaluation.report import Report, save_report
 from pilotfish.evaluation.rewards import describe
 from pilotfish.evaluation.summary import About, summarise
 from pilotfish.evaluation.text import as_table
-from pilotfish.guides import check_guide
 from pilotfish.models.loading import load_tokenizer
-from pilotfish.models.vocab import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +33,9 @@ def evaluate(config: EvaluationConfig) -> Report:
     """
     config = resolved(config)
     tokenizer = load_tokenizer(config.base)
-    for folder in config.guides.values():  # a wrong guide should not cost a cluster's start
-        check_guide(folder, base=config.base, base_vocab=fingerprint(tokenizer))
+    cards = read_cards(config, tokenizer)
+    for setting in config.settings:
+        check_setting(setting, cards)
     prompts, prompts_from = prompts_of(config.prompts, tokenizer)
     with tracking.tracked_run(
         config.tracking,
@@ -48,7 +47,7 @@ def evaluate(config: EvaluationConfig) -> Report:
         about = About(
             title=config.title,
             base=config.base,
-            guides=config.guides,
+            guides={name: str(source) for name, source in config.guides.items()},
             prompts_from=prompts_from,
             reward=describe(config.reward),
             config=config.model_dump(mode="json"),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -96,6 +97,26 @@ def run_chunks(
 
     A `PilotfishError` in an actor is raised here as it was there.
     """
+    num_actors = min(actors.num_actors, len(chunks))
+    with (
+        crew_of(worker, told, actors, num_actors=num_actors) as crew,
+        _bar(title, sum(len(chunk.items) for chunk in chunks)) as bar,
+    ):
+        for chunk, result in spread(crew, chunks):
+            bar.set_postfix_str(chunk.label, refresh=False)
+            bar.update(len(chunk.items))
+            yield chunk, result
+
+
+@contextmanager
+def crew_of(
+    worker: Callable[..., Worker[Any, Any]],
+    told: Sequence[Any],
+    actors: ActorsConfig,
+    *,
+    num_actors: int,
+) -> Iterator[list[Any]]:
+    """Give actors, each a `worker(*told)`, to whom chunks can be `spread` from any process."""
     cluster.connect(num_cpus=actors.num_cpus, gpus=actors.gpus_per_actor > 0)
     remote: Any = ray.remote(
         num_cpus=actors.threads,
@@ -104,27 +125,32 @@ def run_chunks(
         max_restarts=2,
         max_task_retries=2,
     )(worker)
-    crew = [remote.remote(*told) for _ in range(min(actors.num_actors, len(chunks)))]
+    crew = [remote.remote(*told) for _ in range(num_actors)]
+    try:
+        yield crew
+    finally:
+        for actor in crew:
+            ray.kill(actor)
+
+
+def spread(crew: Sequence[Any], chunks: Sequence[Chunk[T]]) -> Iterator[tuple[Chunk[T], Any]]:
+    """Yield each chunk with what the crew makes of it, in the order in which they end.
+
+    A `PilotfishError` in an actor is raised here as it was there.
+    """
     waiting = iter(chunks)
     busy = {actor.process.remote(chunk): (actor, chunk) for actor, chunk in zip(crew, waiting)}  # noqa: B905 - the rest waits
     try:
-        with _bar(title, sum(len(chunk.items) for chunk in chunks)) as bar:
-            while busy:
-                [ended], _ = ray.wait(list(busy))
-                actor, chunk = busy.pop(ended)
-                if (following := next(waiting, None)) is not None:
-                    busy[actor.process.remote(following)] = actor, following
-                result = ray.get(ended)
-                bar.set_postfix_str(chunk.label, refresh=False)
-                bar.update(len(chunk.items))
-                yield chunk, result
+        while busy:
+            [ended], _ = ray.wait(list(busy))
+            actor, chunk = busy.pop(ended)
+            if (following := next(waiting, None)) is not None:
+                busy[actor.process.remote(following)] = actor, following
+            yield chunk, ray.get(ended)
     except RayTaskError as error:
         if isinstance(error.cause, PilotfishError):
             raise error.cause from None
         raise
-    finally:
-        for actor in crew:
-            ray.kill(actor)
 
 
 def settle_in(actors: ActorsConfig) -> None:

@@ -68,7 +68,7 @@ def config_hash(config: JobConfig) -> str:
     if config.needs_base:
         content["frozen_base"] = [identity(config.frozen_base.path), config.frozen_base.dtype]
     for section in ("objective", "rollout"):
-        content[section] = _identified(content[section])
+        content[section] = identified(content[section])
     return content_hash(content)
 
 
@@ -78,11 +78,11 @@ def content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _identified(node: Any) -> Any:
+def identified(node: Any) -> Any:
     """Return a tree with the hashes of the folders that it names."""
     if isinstance(node, dict):
-        return {key: _identified(value) for key, value in node.items()}
-    return [_identified(value) for value in node] if isinstance(node, list) else identity(node)
+        return {key: identified(value) for key, value in node.items()}
+    return [identified(value) for value in node] if isinstance(node, list) else identity(node)
 
 
 def identity(init: Any) -> Any:

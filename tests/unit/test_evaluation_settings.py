@@ -82,3 +82,15 @@ def test_names_that_trackers_cannot_tell_apart_are_refused():
 
 def test_tracker_names_keep_letters_digits_dots_dashes_and_spaces():
     assert tracker_name("GenARM w=0.5, T=0.7 (a-b)") == "GenARM w0.5 T0.7 a-b"
+
+
+def test_args_of_a_guide_that_does_not_act_are_refused():
+    with pytest.raises(ValueError, match="'h', which is not among the guides"):
+        Setting(name="x", guides={"g": 1.0}, args={"h": {"p_t": 0.5}})
+
+
+def test_args_change_no_control_and_make_no_guide_of_a_base():
+    plain, changed = guided("x"), guided("x").model_copy(update={"args": {"g": {"p_t": 0.5}}})
+    assert with_controls([changed])[:-1] == with_controls([plain])[:-1]
+    assert controls_of(changed, with_controls([changed])) == ["base", "base T=0.5", "base greedy"]
+    assert Setting(name="off", guides={"g": 0.0}, args={"g": {"p_t": 0.5}}).is_base

@@ -25,8 +25,26 @@ class Sample(NamedTuple):
 
 def write_page(report: Report, folder: str | Path, pictures: Sequence[Picture]) -> Path:
     """Write `report.html` with the pictures inside; returns its path."""
+    shown = _shown(report)
+    page = page_environment(_TEMPLATES).get_template("report.html").render(
+        report=report,
+        best=report.best(),
+        shown=shown,
+        judged=report.results[0].metrics.reward is not None,
+        parts=list(report.results[0].metrics.parts),
+        samples=samples(report, shown),
+        pictures=[{"data": data_uri(p.path), "caption": p.caption} for p in pictures],
+        numbers=[(result.setting.name, result.metrics.flat()) for result in report.results],
+    )
+    path = Path(folder) / PAGE_NAME
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def page_environment(templates: str | Path) -> jinja2.Environment:
+    """Return what fills in the templates of a folder, with the filters that pages have."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(templates),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -34,20 +52,7 @@ def write_page(report: Report, folder: str | Path, pictures: Sequence[Picture]) 
     )
     environment.filters["signed"] = _signed
     environment.filters["percent"] = _percent
-    shown = _shown(report)
-    page = environment.get_template("report.html").render(
-        report=report,
-        best=report.best(),
-        shown=shown,
-        judged=report.results[0].metrics.reward is not None,
-        parts=list(report.results[0].metrics.parts),
-        samples=samples(report, shown),
-        pictures=[{"data": _data_uri(p.path), "caption": p.caption} for p in pictures],
-        numbers=[(result.setting.name, result.metrics.flat()) for result in report.results],
-    )
-    path = Path(folder) / PAGE_NAME
-    path.write_text(page, encoding="utf-8")
-    return path
+    return environment
 
 
 def samples(report: Report, shown: SettingResult | None, num: int = _NUM_SAMPLES) -> list[Sample]:
@@ -73,7 +78,8 @@ def _as_text(prompt: str | tuple[dict[str, str], ...]) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def _data_uri(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """Return a PNG as what an `img` may have as its source."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 

@@ -1,0 +1,172 @@
+"""Trials on Ray Tune: which points are tried, which are stopped early, and what they reported."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray.exceptions import RayTaskError
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from pilotfish.errors import ConfigError, PilotfishError
+from tune.choice import Trial, score_names, scores, violations
+from tune.config import ASHA, Constraint, Objective, SearchConfig
+
+logger = logging.getLogger(__name__)
+
+# Trials only wait for those who work, so they take no CPU; but Tune refuses trials that take
+# nothing at all, so they take one byte of memory.
+RESOURCES = {"cpu": 0, "memory": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """What the progress of a trial is counted in."""
+
+    unit: str
+    """`prompts` or `steps`."""
+    first: int
+    """Progress at the first report."""
+    end: int
+    """Progress of a trial that ran to its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reporter:
+    """Reports the metrics of a trial to Tune, with the scores that it goes by."""
+
+    objectives: Sequence[Objective]
+    constraints: Sequence[Constraint]
+
+    def report(
+        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float], **extra: Any
+    ) -> None:
+        """Report; `base` has the metrics of the base, where constraints speak of it. The scheduler
+        may end the trial here. `extra` goes to `ray.tune.report`."""
+        broken = violations(metrics, self.constraints, base)
+        told = {"metrics": dict(metrics), "violations": broken, "progress": progress}
+        ray.tune.report({**told, **scores(metrics, broken, self.objectives)}, **extra)
+
+
+def run_trials(
+    trainable: Callable[[dict[str, Any]], None],
+    config: SearchConfig,
+    clock: Clock,
+    *,
+    on_trial: Callable[[Trial], None],
+    scheduler: TrialScheduler | None = None,
+) -> list[Trial]:
+    """Run the search, and return its trials in the order in which they were begun.
+
+    `trainable` takes knobs and reports through a `Reporter`. `on_trial` is called as trials end,
+    and `scheduler` is in place of the one that the config names. What a trial raises ends the
+    search, and a `PilotfishError` is raised here as it was there.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # results.json says it all
+    log = _Log(end=clock.end, on_trial=on_trial)
+    folder = Path(config.output) / "tune"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
+    plan = config.search
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(trainable, RESOURCES),
+        param_space={key: values.to_tune() for key, values in config.space.items()},
+        tune_config=ray.tune.TuneConfig(
+            search_alg=_searcher(config),
+            scheduler=scheduler or _scheduler(config, clock),
+            num_samples=len(plan.points) + plan.num_samples,
+            max_concurrent_trials=None if plan.algorithm == "random" else plan.max_concurrent_trials,
+            reuse_actors=True,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="trials",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[log],
+            failure_config=ray.tune.FailureConfig(fail_fast=True),
+        ),
+    )
+    for error in tuner.fit().errors:
+        raise _cause(error)
+    shutil.rmtree(folder)
+    return sorted(log.trials, key=lambda trial: trial.number)
+
+
+@dataclass
+class _Log(ray.tune.Callback):
+    """Keeps what came of each trial."""
+
+    end: int
+    on_trial: Callable[[Trial], None]
+    trials: list[Trial] = field(default_factory=list)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result
+        ended = Trial(
+            number=trials.index(trial),
+            knobs=trial.config,
+            metrics=last["metrics"],
+            progress=last["progress"],
+            complete=last["progress"] >= self.end,
+            violations=last["violations"],
+        )
+        self.trials.append(ended)
+        self.on_trial(ended)
+
+
+def _searcher(config: SearchConfig) -> Any:
+    plan, names = config.search, score_names(config.objectives)
+    points = [dict(point) for point in plan.points]
+    if plan.algorithm == "random":
+        return BasicVariantGenerator(
+            points_to_evaluate=points,
+            max_concurrent=plan.max_concurrent_trials,
+            random_state=config.seed,
+        )
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            f"search.algorithm={plan.algorithm} needs optuna. Install it with "
+            "`pip install pilotfish[tune]`, or use random."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if plan.algorithm == "optuna_nsga2":
+        # Generations are what makes it more than a random search.
+        population = max(4, plan.num_samples // 5)
+        sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=config.seed)
+    else:
+        sampler = optuna.samplers.TPESampler(seed=config.seed)
+    several = len(names) > 1
+    return OptunaSearch(
+        metric=names if several else names[0],
+        mode=["max"] * len(names) if several else "max",
+        points_to_evaluate=points,
+        sampler=sampler,
+    )
+
+
+def _scheduler(config: SearchConfig, clock: Clock) -> TrialScheduler:
+    plan = config.search.scheduler
+    if not isinstance(plan, ASHA):
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="progress",
+        metric=score_names(config.objectives)[0],
+        mode="max",
+        max_t=clock.end,
+        grace_period=min(plan.grace_period or clock.first, clock.end),
+        reduction_factor=plan.reduction_factor,
+    )
+
+
+def _cause(error: Exception) -> Exception:
+    """Return what a trial raised."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, PilotfishError):
+        return error.cause
+    return error

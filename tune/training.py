@@ -2,11 +2,10 @@
 
 import logging
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
+import ray.tune
 
 from jobs import cluster
 from jobs.config import JobConfig
@@ -20,7 +19,7 @@ from pilotfish.evaluation.metrics import compare, estimate
 from pilotfish.train.export import read_record, whole_folder
 from tune.choice import Trial, violations
 from tune.config import PBT, TrainingSearchConfig
-from tune.page import write_report
+from tune.page import report_files, write_report
 from tune.population import population
 from tune.report import (
     Confirmation,
@@ -79,9 +78,8 @@ def search_training(config: TrainingSearchConfig, *, resume: bool = False) -> Se
         write_report(report, config.output)
         if run is not None:
             run.log_metrics({} if report.winner is None else report.winner.metrics)
-            for path in sorted(Path(config.output).iterdir()):
-                if path.is_file():
-                    run.client.log_artifact(run.run_id, str(path), "search")
+            for path in report_files(config.output):
+                run.client.log_artifact(run.run_id, str(path), "search")
         write_state(config.output, state.model_copy(update={"is_done": True, "run_id": run_id}))
     return _winning(report)
 
@@ -89,7 +87,7 @@ def search_training(config: TrainingSearchConfig, *, resume: bool = False) -> Se
 def _search(config: TrainingSearchConfig, job: JobConfig, trainer: Any) -> SearchReport:
     clock, copies = clock_of(config, job), config.search.scheduler.kind == "pbt"
     trials = run_trials(
-        partial(training_trial, trainer=trainer, has_checkpoints=copies),
+        ray.tune.with_parameters(training_trial, trainer=trainer, has_checkpoints=copies),
         config,
         clock,
         on_trial=lambda trial: None,  # its trainings have runs of their own
@@ -138,9 +136,10 @@ def _confirm(
         )
     metrics = {role: mean_of(own) for role, own in reports.items()}
     return Confirmation(
-        prompts_from=f"held-out rows by {' '.join(config.confirm.overrides)}",
-        num_prompts=again.data.num_heldout,
-        repeats=len(seeds),
+        unit="trainings",
+        prompts_from=f"Held-out rows by {' '.join(config.confirm.overrides)}, seeds from {seeds[0]}",
+        num_prompts=len(seeds),
+        repeats=1,
         settings={},
         metrics=metrics,
         gains=gains,

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
 
 
 def training_trial(knobs: dict[str, Any], trainer: Any, has_checkpoints: bool) -> None:
@@ -17,7 +18,10 @@ def training_trial(knobs: dict[str, Any], trainer: Any, has_checkpoints: bool) -
     checkpoint = tune.get_checkpoint()
     folders = () if checkpoint is None else (checkpoint.path,)
     while True:
-        done = ray.get(trainer.advance.remote(knobs, folders))
+        try:
+            done = ray.get(trainer.advance.remote(knobs, folders))
+        except RayTaskError as error:
+            raise error.cause from error
         if done is None:
             return
         folders, report = done

@@ -30,7 +30,7 @@ class Clock:
     """What the progress of a trial is counted in."""
 
     unit: str
-    """`prompts` or `steps`."""
+    """`prompts`, `steps`, or `trainings` that report at their end alone."""
     first: int
     """Progress at the first report."""
     end: int
@@ -45,13 +45,19 @@ class Reporter:
     constraints: Sequence[Constraint]
 
     def report(
-        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float], **extra: Any
+        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float]
     ) -> None:
-        """Report; `base` has the metrics of the base, where constraints speak of it. The scheduler
-        may end the trial here. `extra` goes to `ray.tune.report`."""
+        """Report what is `told`. The scheduler may end the trial here."""
+        ray.tune.report(self.told(metrics, progress, base))
+
+    def told(
+        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return what Tune is told of a trial; `base` has the metrics of the base, where
+        constraints speak of it."""
         broken = violations(metrics, self.constraints, base)
         told = {"metrics": dict(metrics), "violations": broken, "progress": progress}
-        ray.tune.report({**told, **scores(metrics, broken, self.objectives)}, **extra)
+        return {**told, **scores(metrics, broken, self.objectives)}
 
 
 def run_trials(
@@ -86,6 +92,7 @@ def run_trials(
         run_config=ray.tune.RunConfig(
             name="trials",
             storage_path=str(folder),
+            stop={"progress": clock.end},  # or a population would copy once more at its end
             verbose=0,
             callbacks=[log],
             failure_config=ray.tune.FailureConfig(fail_fast=True),
@@ -114,6 +121,7 @@ class _Log(ray.tune.Callback):
             progress=last["progress"],
             complete=last["progress"] >= self.end,
             violations=last["violations"],
+            folder=last.get("folder"),
         )
         self.trials.append(ended)
         self.on_trial(ended)
@@ -125,7 +133,8 @@ def _searcher(config: SearchConfig) -> Any:
     if plan.algorithm == "random":
         return BasicVariantGenerator(
             points_to_evaluate=points,
-            max_concurrent=plan.max_concurrent_trials,
+            # A population is compared, so all of it is begun; its trainings wait for each other.
+            max_concurrent=0 if plan.scheduler.kind == "pbt" else plan.max_concurrent_trials,
             random_state=config.seed,
         )
     try:

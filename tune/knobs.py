@@ -14,6 +14,7 @@ from pilotfish.evaluation.settings import Sampling, Setting
 from pilotfish.guides import vary_card
 from pilotfish.guides.card import CARD_NAME, GuideCard, read_card, write_card
 from tune.config import DecodingSearchConfig
+from tune.space import show
 
 
 def setting_of(setting: Setting, knobs: Mapping[str, Any], *, name: str) -> Setting:
@@ -92,14 +93,6 @@ def apply_to_cards(config: DecodingSearchConfig, knobs: Mapping[str, Any]) -> di
     for guide, changes in turned.items():
         _rewrite(Path(str(config.guides[guide])), changes, {"knobs": dict(knobs), "from": config.output})
     return left
-
-
-def show(knobs: Mapping[str, Any]) -> str:
-    """Return knobs in one line."""
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in knobs.items()
-    )
 
 
 def sampling_names() -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pilotfish.evaluation.page import data_uri, page_environment
 from tune.choice import bound_of
-from tune.knobs import show
+from tune.space import show
 from tune.plots import draw_plots
 from tune.report import SearchReport
 

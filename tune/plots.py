@@ -230,7 +230,8 @@ def _pareto(report: SearchReport) -> "Figure | None":
                 markersize=8 if trial in front else 6,
             )
         line = sorted((trial.metrics[across], trial.metrics[up]) for trial in front)
-        axes.plot(*zip(*line, strict=True), color="#0b7285", linewidth=1.2) if line else None
+        if line:
+            axes.plot(*zip(*line, strict=True), color="#0b7285", linewidth=1.2)
         if report.winner is not None:
             at = report.winner.metrics[across], report.winner.metrics[up]
             axes.plot(*at, "o", markersize=15, fillstyle="none", color=_BEST, markeredgewidth=2)

@@ -20,7 +20,7 @@ from pilotfish.evaluation.metrics import Comparison, Estimate
 from pilotfish.evaluation.settings import Setting
 from tune.choice import Trial, best_of, bound_of, nearest_to_feasible, pareto_set
 from tune.config import Constraint, Objective, SearchConfig
-from tune.knobs import show
+from tune.space import show
 
 RESULTS_NAME, WINNER_NAME = "results.json", "winner.json"
 

@@ -21,9 +21,10 @@ from jobs.output import with_output
 from pilotfish.errors import ConfigError
 from tune.config import DecodingSearchConfig, SearchConfig, TrainingSearchConfig, resolved_decoding
 from tune.decoding import search_decoding
-from tune.knobs import apply_to_cards, check_applicable, show
+from tune.knobs import apply_to_cards, check_applicable
 from tune.page import PAGE_NAME
 from tune.report import SearchReport
+from tune.space import show
 from tune.trainer import job_of
 from tune.training import WINNER, search_training
 

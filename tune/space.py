@@ -1,6 +1,7 @@
 """Spaces of knobs, in Ray Tune's own words: what a knob may be, and which values bound it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 import ray.tune
@@ -94,3 +95,11 @@ class Distribution(Config):
 
 def _is_multiple(value: float, step: float) -> bool:
     return step > 0 and math.isclose(value / step, round(value / step), abs_tol=1e-9)
+
+
+def show(knobs: Mapping[str, Any]) -> str:
+    """Return a point of a space in one line."""
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in knobs.items()
+    )

@@ -11,7 +11,7 @@ from jobs.resolve import content_hash
 from jobs.tracking import TrackedRun
 from tune.choice import Trial
 from tune.config import SearchConfig
-from tune.knobs import show
+from tune.space import show
 from tune.state import State, write_state
 
 _KNOBS_TAG = "knobs"

@@ -17,6 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 from pilotfish.errors import ConfigError, PilotfishError
 from tune.choice import Trial, score_names, scores, violations
 from tune.config import ASHA, Constraint, Objective, SearchConfig
+from tune.space import show
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def run_trials(
     search, and a `PilotfishError` is raised here as it was there.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # results.json says it all
-    log = _Log(end=clock.end, on_trial=on_trial)
+    shown = [one.metric for one in (*config.objectives, *config.constraints)]
+    log = _Log(clock=clock, shown=list(dict.fromkeys(shown)), on_trial=on_trial)
     folder = Path(config.output) / "tune"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
     plan = config.search
@@ -108,7 +110,9 @@ def run_trials(
 class _Log(ray.tune.Callback):
     """Keeps what came of each trial."""
 
-    end: int
+    clock: Clock
+    shown: Sequence[str]
+    """Metrics."""
     on_trial: Callable[[Trial], None]
     trials: list[Trial] = field(default_factory=list)
 
@@ -119,11 +123,15 @@ class _Log(ray.tune.Callback):
             knobs=trial.config,
             metrics=last["metrics"],
             progress=last["progress"],
-            complete=last["progress"] >= self.end,
+            complete=last["progress"] >= self.clock.end,
             violations=last["violations"],
             folder=last.get("folder"),
         )
         self.trials.append(ended)
+        found = ", ".join(f"{name} {ended.metrics[name]:.3f}" for name in self.shown)
+        note = "" if ended.complete else f", stopped after {ended.progress} {self.clock.unit}"
+        note += f", breaks {', '.join(ended.violations)}" if ended.violations else ""
+        logger.info("point %d: %s: %s%s", ended.number + 1, show(ended.knobs), found, note)
         self.on_trial(ended)
 
 

@@ -5,6 +5,7 @@ interval and wait for the others, so what is copied does not depend on who came 
 that is run again makes the same decisions.
 """
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,8 @@ def check_population(config: TrainingSearchConfig, job: JobConfig) -> None:
         )
     if config.search.algorithm != "random" or config.search.repeats > 1:
         raise ConfigError("pbt draws and compares by itself: algorithm: random, and repeats: 1")
+    if _size(config) < 2:
+        raise ConfigError("a population of one has nobody to copy: search.num_samples of 2 or more")
     if job.train.steps is not None and plan.perturbation_interval >= job.train.steps:
         raise ConfigError(
             f"search.scheduler.perturbation_interval is {plan.perturbation_interval}, so nothing "
@@ -67,6 +70,11 @@ def population(config: TrainingSearchConfig) -> PopulationBasedTraining:
         custom_explore_fn=lambda knobs: within(config.space, knobs),
         synch=True,
     )
+
+
+def _size(config: TrainingSearchConfig) -> int:
+    grids = [len(values.grid_search) for values in config.space.values() if values.grid_search]
+    return len(config.search.points) + config.search.num_samples * math.prod(grids)
 
 
 def within(space: Mapping[str, Distribution], knobs: Mapping[str, Any]) -> dict[str, Any]:

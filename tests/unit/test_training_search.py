@@ -18,10 +18,12 @@ from tune.trainer import check_room, demand, first_rung, job_of, report_steps, w
 
 KITCHEN = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "kitchen"
 RATES: dict[str, Any] = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
-PBT_PLAN: dict[str, Any] = {"scheduler": {"kind": "pbt", "perturbation_interval": 50}}
+PBT_PLAN: dict[str, Any] = {
+    "num_samples": 2,
+    "scheduler": {"kind": "pbt", "perturbation_interval": 50},
+}
 
 EPOCHS = ("train.steps=null", "train.epochs=1")
-SAC = ("objective.algorithm={kind: sac}",)
 
 
 def search(root: Path, job: str = "genarm", **fields: Any) -> TrainingSearchConfig:
@@ -57,9 +59,10 @@ def test_knobs_reach_every_section_of_a_job(job: JobConfig) -> None:
         ({"search": {"scheduler": {"kind": "asha"}}, "overrides": EPOCHS}, "train.steps"),
         ({"space": {"train.batch_size": {"choice": [8, 16]}}, "search": PBT_PLAN}, "middle"),
         ({"space": {"data.seed": {"choice": [8, 16]}}, "search": PBT_PLAN}, "middle"),
-        ({"search": {"scheduler": {"kind": "pbt", "perturbation_interval": 200}}}, "fewer"),
+        ({"search": PBT_PLAN, "overrides": ("train.steps=50",)}, "fewer"),
         ({"search": {**PBT_PLAN, "repeats": 2}}, "repeats: 1"),
-        ({"job": "proxy", "overrides": SAC, "search": PBT_PLAN}, "sac"),
+        ({"search": {**PBT_PLAN, "num_samples": 1}}, "nobody"),
+        ({"job": "proxy_mara", "search": PBT_PLAN}, "sac"),
     ],
 )
 def test_what_a_search_cannot_honour_is_refused_before_anything_starts(

@@ -96,11 +96,16 @@ def read_cards(
 ) -> dict[str, GuideCard]:
     """Return the cards of the guides by name, without loading anything.
 
-    A wrong guide should not cost a cluster's start. Raises what `check_guide` and `make_card` raise.
+    A wrong guide should not cost a cluster's start. Raises what `check_guide` and
+    `make_card` raise.
     """
     where = {"base": config.base, "base_vocab": fingerprint(tokenizer)}
     return {
-        name: check_guide(source, **where) if isinstance(source, str) else make_card(source, **where)
+        name: (
+            check_guide(source, **where)
+            if isinstance(source, str)
+            else make_card(source, **where)
+        )
         for name, source in config.guides.items()
     }
 

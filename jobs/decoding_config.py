@@ -54,8 +54,8 @@ class DecodingConfig(ActorsConfig):
 
 
 GuideSource: TypeAlias = str | dict[str, Any]
-"""A guide folder, or the fields of a card over models that lie elsewhere, such as `{kind: best_of_n,
-settings: {reward: FOLDER}}`."""
+"""A guide folder, or the fields of a card over models that lie elsewhere:
+`{kind: best_of_n, settings: {reward: FOLDER}}`."""
 
 
 class DecodingJobConfig(OutputConfig):

@@ -86,8 +86,7 @@ def pareto_set(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list
     front: dict[tuple[float, ...], Trial] = {}
     for trial in _candidates(trials):
         point = points[trial.number]
-        others = points.values()
-        if not any(all(b >= a for a, b in zip(point, other, strict=True)) and other != point for other in others):
+        if not any(_dominates(other, point) for other in points.values()):
             front.setdefault(point, trial)
     return list(front.values())
 
@@ -95,6 +94,10 @@ def pareto_set(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list
 def nearest_to_feasible(trials: Sequence[Trial]) -> Trial:
     """Return the trial that breaks its constraints by least; complete ones count before others."""
     return min(trials, key=lambda trial: (not trial.complete, sum(trial.violations.values())))
+
+
+def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
 def _candidates(trials: Sequence[Trial]) -> list[Trial]:

@@ -116,7 +116,7 @@ class SearchPlan(Config):
     """How the space is walked through."""
 
     algorithm: Literal["random", "optuna", "optuna_nsga2"] = "random"
-    """`optuna` is its tree-structured Parzen estimator; `optuna_nsga2` is for several objectives."""
+    """`optuna` is a tree-structured Parzen estimator; `optuna_nsga2` is for several objectives."""
     num_samples: PositiveInt = 1
     """Draws beside the `points`; each draw tries every point of a grid."""
     points: tuple[dict[str, Any], ...] = ()
@@ -251,5 +251,6 @@ def _check_known(
 ) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"wanted one of {', '.join(shown or known)}"
+        every = ", ".join(shown or known)
+        hint = f"did you mean {close[0]!r}?" if close else f"wanted one of {every}"
         raise ConfigError(f"no {what} is called {name!r}; {hint}")

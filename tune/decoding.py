@@ -15,10 +15,11 @@ from jobs.pool import crew_of
 from jobs.prompts import prompts_of
 from jobs.resolve import content_hash, identified, identity
 from jobs.rows_config import reward_identity
+from jobs.tracking import TrackedRun
 from pilotfish.data.records import PromptText
 from pilotfish.errors import ConfigError
 from pilotfish.evaluation.metrics import compare, estimate
-from pilotfish.evaluation.settings import Setting
+from pilotfish.evaluation.settings import Sampling, Setting
 from pilotfish.models.loading import load_tokenizer
 from tune import knobs as knobs_of
 from tune.choice import Trial, violations
@@ -34,7 +35,7 @@ from tune.report import (
     report_of,
     save_report,
 )
-from tune.state import begin, write_state
+from tune.state import State, begin, write_state
 from tune.tracked import TrialRuns, tracked_search
 from tune.trials import Clock, Reporter, run_trials
 
@@ -71,36 +72,41 @@ def search_decoding(config: DecodingSearchConfig, *, resume: bool = False) -> Se
     if state.is_done:
         logger.info("%s holds this search already", config.output)
         return _winning(load_results(config.output))
-    with (
-        tracked_search(config, state) as run,
-        crew_of(SharedDecoder, (config,), config.decoding, num_actors=config.decoding.num_actors) as crew,
-    ):
-        evaluator = partial(
-            Evaluator,
-            job=config,
-            cards=cards,
-            repeats=config.search.repeats,
-            folder=Path(config.output) / "evaluations",
-            crew=crew,
-        )
-        report = _search(config, evaluator(prompts=prompts, rungs=rungs), TrialRuns(config, run))
+    with tracked_search(config, state) as run:
+        num_actors = config.decoding.num_actors
+        with crew_of(SharedDecoder, (config,), config.decoding, num_actors=num_actors) as crew:
+            evaluator = partial(
+                Evaluator,
+                job=config,
+                cards=cards,
+                repeats=config.search.repeats,
+                folder=Path(config.output) / "evaluations",
+                crew=crew,
+            )
+            searched = evaluator(prompts=prompts, rungs=rungs)
+            report = _search(config, searched, TrialRuns(config, run))
+            if report.winner is not None:
+                held_out = evaluator(prompts=others, rungs=[len(others)])
+                found = _confirm(config, report.winner, held_out, others_from)
+                report = report.model_copy(update={"confirmation": found})
         report = report.model_copy(update={"run_id": None if run is None else run.run_id})
-        if report.winner is not None:
-            held_out = evaluator(prompts=others, rungs=[len(others)])
-            found = _confirm(config, report.winner, held_out, others_from)
-            report = report.model_copy(update={"confirmation": found})
-        save_report(report, config.output)
-        write_report(report, config.output)
-        if run is not None:
-            run.log_metrics(_summary(report))
-            for path in report_files(config.output):
-                run.client.log_artifact(run.run_id, str(path), "search")
-        write_state(config.output, state.model_copy(update={"is_done": True, "run_id": report.run_id}))
+        _write(report, config.output, run)
+        state = State(digest=state.digest, run_id=report.run_id, is_done=True)
+        write_state(config.output, state)
     return _winning(report)
 
 
+def _write(report: SearchReport, output: str, run: TrackedRun | None) -> None:
+    save_report(report, output)
+    write_report(report, output)
+    if run is not None:
+        run.log_metrics(_summary(report))
+        for path in report_files(output):
+            run.client.log_artifact(run.run_id, str(path), "search")
+
+
 def _search(config: DecodingSearchConfig, evaluator: Evaluator, runs: TrialRuns) -> SearchReport:
-    plain = Setting(name="base", **config.setting.model_dump(include=set(knobs_of.sampling_names())))
+    plain = _base_of(config.setting)
     base = {rung: evaluator.measure(plain, rung) for rung in evaluator.rungs}
     clock = Clock(unit="prompts", first=evaluator.rungs[0], end=evaluator.rungs[-1])
     told = _Told(
@@ -126,11 +132,10 @@ def _confirm(
     config: DecodingSearchConfig, winner: Trial, evaluator: Evaluator, prompts_from: str
 ) -> Confirmation:
     """Hold the winner against the setting as it stands, on prompts that the search never saw."""
-    sampling = config.setting.model_dump(include=set(knobs_of.sampling_names()))
     settings = {
         "winner": knobs_of.setting_of(config.setting, winner.knobs, name="winner"),
         "default": config.setting,
-        "base": Setting(name="base", **sampling),
+        "base": _base_of(config.setting),
     }
     [num_prompts] = evaluator.rungs
     runs = {role: evaluator.evaluate(setting, num_prompts) for role, setting in settings.items()}
@@ -152,6 +157,12 @@ def _confirm(
         gains=gains,
         violations=violations(metrics["winner"], config.constraints, metrics["base"]),
     )
+
+
+def _base_of(setting: Setting) -> Setting:
+    """Return the base alone, drawn from as the setting does."""
+    sampling = {name: getattr(setting, name) for name in Sampling.model_fields}
+    return Setting(name="base", **sampling)
 
 
 def _rungs(config: DecodingSearchConfig, num_prompts: int) -> list[int]:

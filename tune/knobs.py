@@ -10,7 +10,7 @@ from typing import Any
 from jobs.decoder import check_setting
 from pilotfish.config import parse
 from pilotfish.errors import ConfigError, PromptError
-from pilotfish.evaluation.settings import Sampling, Setting
+from pilotfish.evaluation.settings import Setting
 from pilotfish.guides import vary_card
 from pilotfish.guides.card import CARD_NAME, GuideCard, read_card, write_card
 from tune.config import DecodingSearchConfig
@@ -67,13 +67,14 @@ def check_applicable(config: DecodingSearchConfig) -> None:
         source = config.guides[guide]
         if isinstance(source, dict):
             raise ConfigError(
-                f"--apply cannot write into guide {guide!r}: it has no folder, and so no card. Write "
-                "the knobs where its fields are given."
+                f"--apply cannot write into guide {guide!r}: it has no folder, and so no "
+                "card. Write the knobs where its fields are given."
             )
         if not Path(source).is_dir():
             raise ConfigError(
-                f"--apply cannot write into guide {guide!r}, {source!r}: versions of a registry never "
-                "change. Search with the folder it was registered from, and register that again."
+                f"--apply cannot write into guide {guide!r}, {source!r}: versions of a registry "
+                "never change. Search with the folder it was registered from, and register that "
+                "again."
             )
 
 
@@ -91,12 +92,9 @@ def apply_to_cards(config: DecodingSearchConfig, knobs: Mapping[str, Any]) -> di
         else:
             turned.setdefault(guide, {})[field or "weight"] = value
     for guide, changes in turned.items():
-        _rewrite(Path(str(config.guides[guide])), changes, {"knobs": dict(knobs), "from": config.output})
+        tuned = {"knobs": dict(knobs), "from": config.output}
+        _rewrite(Path(str(config.guides[guide])), changes, tuned)
     return left
-
-
-def sampling_names() -> tuple[str, ...]:
-    return tuple(Sampling.model_fields)
 
 
 def _rewrite(folder: Path, changes: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:

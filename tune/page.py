@@ -47,4 +47,5 @@ def write_report(report: SearchReport, folder: str | Path) -> Path:
 
 def report_files(folder: str | Path) -> list[Path]:
     """Return the files of a report, pictures included."""
-    return sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".html", ".png"))
+    suffixes = (".json", ".html", ".png")
+    return sorted(path for path in Path(folder).iterdir() if path.suffix in suffixes)

@@ -115,8 +115,9 @@ def nothing_feasible(report: SearchReport) -> PilotfishError:
             bound = bound_of(constraint, report.base)
             lines.append(f"{constraint} by {abs(found - bound):.4g} (it has {found:.4g})")
     return PilotfishError(
-        f"none of {len(report.trials)} points keeps all constraints. Nearest is {show(nearest.knobs)}, "
-        f"which breaks {'; '.join(lines)}. Widen the space, or loosen the constraints."
+        f"none of {len(report.trials)} points keeps all constraints. Nearest is "
+        f"{show(nearest.knobs)}, which breaks {'; '.join(lines)}. Widen the space, or "
+        "loosen the constraints."
     )
 
 

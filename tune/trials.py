@@ -81,6 +81,8 @@ def run_trials(
     folder = Path(config.output) / "tune"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
     plan = config.search
+    # A random search has its limit itself.
+    limit = None if plan.algorithm == "random" else plan.max_concurrent_trials
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, RESOURCES),
         param_space={key: values.to_tune() for key, values in config.space.items()},
@@ -88,7 +90,7 @@ def run_trials(
             search_alg=_searcher(config),
             scheduler=scheduler or _scheduler(config, clock),
             num_samples=len(plan.points) + plan.num_samples,
-            max_concurrent_trials=None if plan.algorithm == "random" else plan.max_concurrent_trials,
+            max_concurrent_trials=limit,
             reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(

@@ -1,4 +1,4 @@
-"""What a search is told: which spaces, objectives and constraints there are, and which are refused."""
+"""What a search is told: spaces, objectives and constraints, and which of them are refused."""
 
 from pathlib import Path
 from typing import Any

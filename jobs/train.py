@@ -33,11 +33,11 @@ from jobs import cluster, tracking
 from jobs.checkpoint import MODEL_FOLDER
 from jobs.config import JobConfig
 from jobs.dry_run import check_base, memory_plan
-from jobs.stretch import CHECKPOINT_FOLDER, Stretch, stretch_hash
 from jobs.progress import hide_bars, progress_bar
 from jobs.records import describe, training_record, version_tags
 from jobs.resolve import config_hash, resolved
 from jobs.run_folder import RunInfo, prepare_in, read_run_info, write_run_info
+from jobs.stretch import CHECKPOINT_FOLDER, Stretch, stretch_hash
 from jobs.worker import WorkerSettings, train_loop
 from pilotfish import config as configs
 from pilotfish.data.tokenized import LengthReport

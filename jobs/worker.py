@@ -10,9 +10,9 @@ import transformers
 
 from jobs.config import JobConfig
 from jobs.dataset import Prepared
-from jobs.stretch import Stretch
 from jobs.reward_training import reward_training
 from jobs.steps import Trainee, run_steps
+from jobs.stretch import Stretch
 from jobs.supervised import SupervisedTraining
 from jobs.system_metrics import system_metrics
 

@@ -14,7 +14,7 @@ import numpy as np
 from ray.tune.schedulers import PopulationBasedTraining
 
 from jobs.config import JobConfig
-from jobs.part import CHANGEABLE
+from jobs.stretch import CHANGEABLE
 from pilotfish.errors import ConfigError
 from pilotfish.train.sac import SACConfig
 from tune.choice import score_names
@@ -101,7 +101,7 @@ class _Seeded(PopulationBasedTraining):
         self._seed = seed
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        mixed = random.Random(f"{self._seed} {result["progress"]}").getrandbits(32)
+        mixed = random.Random(f"{self._seed} {result['progress']}").getrandbits(32)
         random.seed(mixed)
         np.random.seed(mixed)
         return super().on_trial_result(tune_controller, trial, result)

@@ -101,7 +101,6 @@ def report_of(
         best=None if best is None else best.number,
         pareto=tuple(trial.number for trial in pareto_set(trials, config.objectives)),
         config=config.model_dump(mode="json"),
-
     )
 
 

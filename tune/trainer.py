@@ -10,9 +10,9 @@ from typing import Any
 import ray
 
 from jobs.config import JobConfig, TrainTracking
-from jobs.stretch import Stretch, stretch_hash
 from jobs.progress import hide_bars
 from jobs.resolve import config_hash, resolved
+from jobs.stretch import Stretch, stretch_hash
 from jobs.train import train
 from pilotfish import config as configs
 from pilotfish.errors import ConfigError
@@ -108,7 +108,7 @@ def check_room(job: JobConfig, num_trials: int) -> None:
     if fits < num_trials:
         raise ConfigError(
             f"search.max_concurrent_trials is {num_trials}, but a trial takes {needs}, and the "
-            f"cluster has {({name: has.get(name, 0) for name in needs})}, room for {fits}. Lower "
+            f"cluster has { ({name: has.get(name, 0) for name in needs}) }, room for {fits}. Lower "
             "it, or the job's scaling and rollout."
         )
 

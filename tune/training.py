@@ -1,4 +1,4 @@
-"""Search over training knobs: every trial trains a job, and the winner is what the best one made."""
+"""Search over training knobs: every trial trains a job, and the winner is what the best made."""
 
 import logging
 import shutil
@@ -137,7 +137,7 @@ def _confirm(
     metrics = {role: mean_of(own) for role, own in reports.items()}
     return Confirmation(
         unit="trainings",
-        prompts_from=f"Held-out rows by {' '.join(config.confirm.overrides)}, seeds from {seeds[0]}",
+        prompts_from=f"Held-out rows by {' '.join(config.confirm.overrides)}",
         num_prompts=len(seeds),
         repeats=1,
         settings={},

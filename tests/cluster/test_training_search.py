@@ -10,7 +10,6 @@ from ray.util import placement_group_table
 from jobs.stretch import CHECKPOINT_FOLDER
 from pilotfish.train.export import WEIGHTS_NAME, read_record
 from tests.cluster.test_train_jobs import CONFIGS, SHORT, TINY
-from tune.choice import Trial
 from tune.config import TrainingSearchConfig
 from tune.report import SearchReport
 from tune.state import read_state, write_state
@@ -21,7 +20,13 @@ pytestmark = pytest.mark.cluster
 
 HALF, STEPS = 3, 6
 SLOW = 1e-6
-OVERRIDES = (*TINY, *SHORT, f"train.steps={STEPS}", "train.eval_every=0", "train.checkpoint_every=0")
+OVERRIDES = (
+    *TINY,
+    *SHORT,
+    f"train.steps={STEPS}",
+    "train.eval_every=0",
+    "train.checkpoint_every=0",
+)
 
 
 def search_config(root: Path, name: str, **plan: Any) -> TrainingSearchConfig:

@@ -11,7 +11,7 @@ from jobs.config import JobConfig
 from jobs.stretch import Stretch, stretch_hash
 from pilotfish.errors import ConfigError
 from pilotfish.train.export import write_record
-from tune.config import ASHA, PBT, NoScheduler, TrainingSearchConfig
+from tune.config import ASHA, PBT, TrainingSearchConfig
 from tune.population import within
 from tune.space import Distribution
 from tune.trainer import check_room, demand, first_rung, job_of, report_steps, with_knobs
@@ -29,7 +29,10 @@ EPOCHS = ("train.steps=null", "train.epochs=1")
 def search(root: Path, job: str = "genarm", **fields: Any) -> TrainingSearchConfig:
     settings: dict[str, Any] = {"space": RATES, "objectives": [{"metric": "eval/accuracy"}]}
     return TrainingSearchConfig(
-        root=str(root), output=str(root / "out"), job=str(KITCHEN / f"{job}.yaml"), **settings | fields
+        root=str(root),
+        output=str(root / "out"),
+        job=str(KITCHEN / f"{job}.yaml"),
+        **settings | fields,
     )
 
 
@@ -88,7 +91,6 @@ def test_trials_report_where_asha_decides(factor: float, grace: int | None, tota
 
 def test_a_population_reports_at_every_interval_and_at_the_end() -> None:
     assert report_steps(PBT(kind="pbt", perturbation_interval=40), 100) == (40, 80, 100)
-    assert report_steps(NoScheduler(), 100) == (100,)
 
 
 def test_a_perturbed_knob_stays_in_its_space() -> None:

@@ -63,15 +63,16 @@ def search_training(config: TrainingSearchConfig, *, resume: bool = False) -> Se
     check_room(job, num_trials)
     with tracked_search(config, state) as run:
         run_id = None if run is None else run.run_id
-        actor = ray.remote(num_cpus=0, max_concurrency=num_trials)(Trainer)
-        trainer: Any = actor.remote(config, job, parent=run_id)
+        actor: Any = ray.remote(Trainer).options(num_cpus=0, max_concurrency=num_trials)
+        trainer = actor.remote(config, job, parent=run_id)
         try:
             report = _search(config, job, trainer).model_copy(update={"run_id": run_id})
-            if report.winner is not None:
-                if again is not None:
-                    found = _confirm(config, report.winner, job, again, trainer)
-                    report = report.model_copy(update={"confirmation": found})
-                _keep(config, report.winner, run)
+            winner = report.winner
+            if winner is not None and again is not None:
+                found = _confirm(config, winner, job, again, trainer)
+                report = report.model_copy(update={"confirmation": found})
+            if winner is not None:
+                _keep(config, winner, run)
         finally:
             ray.kill(trainer)
         save_report(report, config.output)

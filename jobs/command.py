@@ -27,17 +27,18 @@ def run_command(
     *,
     job: str,
     about: str,
-    config_type: type[C] | Callable[[str, Sequence[str]], type[C]],
+    config_type: type[C],
     resolved: Callable[[C], C],
     run: Callable[..., str],
+    kind_of: Callable[[str, Sequence[str]], type[C]] | None = None,
     package: str = "jobs",
     example: str | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> int:
     """Run a job as its command line says, print what `run` returns, and return the exit code.
 
-    `config_type` may be a function of the path and the overrides. `flags` are switches with their
-    help; `run` gets each by name.
+    `kind_of` picks a subtype of `config_type` by the path and the overrides. `flags` are switches
+    with their help; `run` gets each by name.
     """
     flags = flags or {}
     parser = argparse.ArgumentParser(prog=f"python -m {package}.{job}", description=about)
@@ -55,9 +56,8 @@ def run_command(
     for name in ("jobs", "tune", "pilotfish"):
         logging.getLogger(name).setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
-        if not isinstance(config_type, type):
-            config_type = config_type(args.config, args.overrides)
-        config = configs.load(config_type, args.config, args.overrides)
+        chosen = config_type if kind_of is None else kind_of(args.config, args.overrides)
+        config = configs.load(chosen, args.config, args.overrides)
         if args.dry_run:
             sys.stdout.write(configs.dump(resolved(config)))
             return 0

@@ -102,9 +102,7 @@ def read_cards(
     where = {"base": config.base, "base_vocab": fingerprint(tokenizer)}
     return {
         name: (
-            check_guide(source, **where)
-            if isinstance(source, str)
-            else make_card(source, **where)
+            check_guide(source, **where) if isinstance(source, str) else make_card(source, **where)
         )
         for name, source in config.guides.items()
     }

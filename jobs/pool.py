@@ -110,13 +110,14 @@ def run_chunks(
 
 @contextmanager
 def crew_of(
-    worker: Callable[..., Worker[Any, Any]],
+    worker: Callable[..., Any],
     told: Sequence[Any],
     actors: ActorsConfig,
     *,
     num_actors: int,
 ) -> Iterator[list[Any]]:
-    """Give actors, each a `worker(*told)`, to whom chunks can be `spread` from any process."""
+    """Give actors, each a `Worker` that was `told`, to whom chunks can be `spread` from any
+    process."""
     cluster.connect(num_cpus=actors.num_cpus, gpus=actors.gpus_per_actor > 0)
     remote: Any = ray.remote(
         num_cpus=actors.threads,

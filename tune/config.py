@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_serializer
+from pydantic import Field, NonNegativeInt, PositiveInt, model_serializer
 from pydantic import model_validator as validates
 
 from jobs.decoding_config import DecodingJobConfig, PromptsConfig, check_guide_names, with_paths

@@ -85,9 +85,7 @@ class Evaluator:
         missing = [repeat for repeat, path in enumerate(paths) if not path.is_file()]
         parts: dict[int, list[tuple[int, Part]]] = {repeat: [] for repeat in missing}
         portions = [
-            portion
-            for repeat in missing
-            for portion in self._portions(setting, start, end, repeat)
+            portion for repeat in missing for portion in self._portions(setting, start, end, repeat)
         ]
         for portion, part in spread(self.crew, portions):
             parts[int(portion.label)].append((portion.start, part))

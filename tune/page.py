@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pilotfish.evaluation.page import data_uri, page_environment
 from tune.choice import bound_of
-from tune.space import show
 from tune.plots import draw_plots
 from tune.report import SearchReport
+from tune.space import show
 
 PAGE_NAME = "search.html"
 _TEMPLATES = Path(__file__).parent / "templates"

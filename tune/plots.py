@@ -24,13 +24,13 @@ _BESIDE = "bad_share"
 def draw_plots(report: SearchReport, folder: str | Path) -> list[Picture]:
     """Write the plots that the search has points for. Raises `ConfigError` without matplotlib."""
     first = report.objectives[0].metric
-    plots: list[tuple[str, Callable[[SearchReport], "Figure | None"], str]] = [
+    plots: list[tuple[str, Callable[[SearchReport], Figure | None], str]] = [
         (
             "heatmap.png",
             _heatmap,
-            f"{first} over two knobs, and the share of bad answers beside it. The framed point is "
-            "the best; small grey numbers are points that were stopped early, after fewer "
-            f"{report.unit}; crossed out are points that break a constraint.",
+            f"{first} over two knobs, and the share of bad answers beside it. The point framed in "
+            f"orange is the best; small ones were stopped early, after fewer {report.unit}; those "
+            "crossed out break a constraint.",
         ),
         (
             "curve.png",
@@ -181,10 +181,20 @@ def _draw_points(
             axes.plot(*at, "o", markersize=19, fillstyle="none", color=_BEST, markeredgewidth=3)
     for axis, key in (("x", knobs[0]), ("y", knobs[1])):
         if "loguniform" in report.config["space"].get(key, {}):
-            getattr(axes, f"set_{axis}scale")("log")
+            _scale_by_logarithm(axes, axis)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     return image
+
+
+def _scale_by_logarithm(axes: "Axes", axis: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    getattr(axes, f"set_{axis}scale")("log")
+    one = getattr(axes, f"{axis}axis")
+    one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    one.set_major_formatter(StrMethodFormatter("{x:g}"))
+    one.set_minor_formatter(NullFormatter())
 
 
 def _curve(report: SearchReport) -> "Figure | None":

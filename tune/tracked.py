@@ -62,7 +62,6 @@ class TrialRuns:
             run.log_metrics(trial.metrics, step=trial.progress)
 
 
-
 def _children(run: TrackedRun) -> set[str]:
     experiment = run.client.get_run(run.run_id).info.experiment_id
     found = run.client.search_runs(

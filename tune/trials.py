@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray.tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from pilotfish.errors import ConfigError, PilotfishError
+from pilotfish.errors import PilotfishError
 from tune.choice import Trial, score_names, scores, violations
 from tune.config import ASHA, Constraint, Objective, SearchConfig
 from tune.space import show
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Trials only wait for those who work, so they take no CPU; but Tune refuses trials that take
 # nothing at all, so they take one byte of memory.
-RESOURCES = {"cpu": 0, "memory": 1}
+RESOURCES: dict[str, float] = {"cpu": 0, "memory": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ def run_trials(
     and `scheduler` is in place of the one that the config names. What a trial raises ends the
     search, and a `PilotfishError` is raised here as it was there.
     """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # results.json says it all
+    _silence_tune()
     shown = [one.metric for one in (*config.objectives, *config.constraints)]
     log = _Log(clock=clock, shown=list(dict.fromkeys(shown)), on_trial=on_trial)
     folder = Path(config.output) / "tune"
@@ -106,6 +107,16 @@ def run_trials(
         raise _cause(error)
     shutil.rmtree(folder)
     return sorted(log.trials, key=lambda trial: trial.number)
+
+
+def _silence_tune() -> None:
+    """What Tune says of itself names files that are about to go; the log and results.json say the
+    rest."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune.tune").setLevel(logging.WARNING)
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -147,13 +158,6 @@ def _searcher(config: SearchConfig) -> Any:
             max_concurrent=0 if plan.scheduler.kind == "pbt" else plan.max_concurrent_trials,
             random_state=config.seed,
         )
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError(
-            f"search.algorithm={plan.algorithm} needs optuna. Install it with "
-            "`pip install pilotfish[tune]`, or use random."
-        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if plan.algorithm == "optuna_nsga2":
         # Generations are what makes it more than a random search.

@@ -24,7 +24,12 @@ def trial(
 
 
 def test_the_best_point_ran_to_its_end_and_keeps_every_constraint():
-    trials = [trial(0, 1.0), trial(1, 9.0, broken=0.1), trial(2, 5.0, complete=False), trial(3, 2.0)]
+    trials = [
+        trial(0, 1.0),
+        trial(1, 9.0, broken=0.1),
+        trial(2, 5.0, complete=False),
+        trial(3, 2.0),
+    ]
     assert best_of(trials, [REWARD]) == trials[3]
     assert best_of(trials[1:3], [REWARD]) is None
 

@@ -23,6 +23,7 @@ from tune.report import (
     report_of,
     save_report,
 )
+from tune.space import show
 
 BASE = {"reward": 0.0, "kl": 0.0, "bad_share": 0.1, "tokens_per_second": 100.0, "length": 20.0}
 
@@ -91,7 +92,7 @@ def test_the_folder_holds_the_report_that_was_saved(tmp_path: Path):
     save_report(found, tmp_path)
     assert load_results(tmp_path) == found
     assert (tmp_path / "winner.json").is_file()
-    with pytest.raises(DataError, match="python -m tune.search"):
+    with pytest.raises(DataError, match="no results of a search"):
         load_results(tmp_path / "nowhere")
 
 
@@ -104,12 +105,12 @@ def test_the_winner_is_the_best_of_those_that_count():
 def test_the_page_is_self_contained_and_holds_every_point_and_the_verdict(tmp_path: Path):
     page = write_report(confirmed(grid()), tmp_path).read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
-    assert page.count("stopped early </") + page.count("stopped early ") >= 1
+    assert len(re.findall(r"<td>stopped early\s", page)) == 1
     assert "+0.88" in page  # the gain, (1 + 0 + 0.5 + 2) / 4
     assert "breaks bad_share &lt;= 0.2" in page
     assert "On those prompts it breaks" in page
     for trial in grid().trials:
-        assert f"temperature={trial.knobs['temperature']}, top_p={trial.knobs['top_p']}" in page
+        assert show(trial.knobs) in page
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,9 @@ def test_the_page_is_self_contained_and_holds_every_point_and_the_verdict(tmp_pa
     [
         (grid(), ["heatmap.png"]),
         (
-            report({"temperature": {"uniform": [0, 2]}}, [{"temperature": t / 4} for t in range(5)]),
+            report(
+                {"temperature": {"uniform": [0, 2]}}, [{"temperature": t / 4} for t in range(5)]
+            ),
             ["curve.png"],
         ),
         (
@@ -130,7 +133,11 @@ def test_the_page_is_self_contained_and_holds_every_point_and_the_verdict(tmp_pa
         ),
         (
             report(
-                {"temperature": {"uniform": [0, 2]}, "top_k": {"choice": [1, 2]}, "top_p": {"choice": [0.5]}},
+                {
+                    "temperature": {"uniform": [0, 2]},
+                    "top_k": {"choice": [1, 2]},
+                    "top_p": {"choice": [0.5]},
+                },
                 [{"temperature": t / 4, "top_k": 1 + t % 2, "top_p": 0.5} for t in range(5)],
             ),
             ["heatmap.png", "parallel.png"],
@@ -146,15 +153,18 @@ def test_pictures_follow_from_the_number_of_knobs_and_objectives(
 
 
 def test_knobs_that_are_no_numbers_have_no_axis():
-    trials = [trial_of(n, {"a": n % 2, "b": float(n), "c": "x", "d": bool(n), "e": 1}) for n in range(3)]
+    trials = [
+        trial_of(n, {"a": n % 2, "b": float(n), "c": "x", "d": bool(n), "e": 1}) for n in range(3)
+    ]
     assert numeric_knobs(trials) == ["b", "a"]
 
 
 def test_where_nothing_is_feasible_the_nearest_point_says_by_how_much():
     config = config_of({"temperature": {"uniform": [0.0, 1.0]}})
     trials = [
-        trial_of(n, {"temperature": 0.5 + n}, violations={"tokens_per_second >= 0.5 * base": broken})
-        .model_copy(update={"metrics": {**BASE, "tokens_per_second": 50 * (1 - broken)}})
+        trial_of(
+            n, {"temperature": 0.5 + n}, violations={"tokens_per_second >= 0.5 * base": broken}
+        ).model_copy(update={"metrics": {**BASE, "tokens_per_second": 50 * (1 - broken)}})
         for n, broken in enumerate((0.6, 0.2))
     ]
     found = report_of(config, trials, unit="prompts", end=8, base=BASE)

@@ -26,15 +26,19 @@ class Sample(NamedTuple):
 def write_page(report: Report, folder: str | Path, pictures: Sequence[Picture]) -> Path:
     """Write `report.html` with the pictures inside; returns its path."""
     shown = _shown(report)
-    page = page_environment(_TEMPLATES).get_template("report.html").render(
-        report=report,
-        best=report.best(),
-        shown=shown,
-        judged=report.results[0].metrics.reward is not None,
-        parts=list(report.results[0].metrics.parts),
-        samples=samples(report, shown),
-        pictures=[{"data": data_uri(p.path), "caption": p.caption} for p in pictures],
-        numbers=[(result.setting.name, result.metrics.flat()) for result in report.results],
+    page = (
+        page_environment(_TEMPLATES)
+        .get_template("report.html")
+        .render(
+            report=report,
+            best=report.best(),
+            shown=shown,
+            judged=report.results[0].metrics.reward is not None,
+            parts=list(report.results[0].metrics.parts),
+            samples=samples(report, shown),
+            pictures=[{"data": data_uri(p.path), "caption": p.caption} for p in pictures],
+            numbers=[(result.setting.name, result.metrics.flat()) for result in report.results],
+        )
     )
     path = Path(folder) / PAGE_NAME
     path.write_text(page, encoding="utf-8")

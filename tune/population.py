@@ -54,7 +54,7 @@ def population(config: TrainingSearchConfig) -> PopulationBasedTraining:
     """Return Tune's scheduler."""
     plan = config.search.scheduler
     assert isinstance(plan, PBT), "the caller looked"
-    return _Seeded(
+    return Population(
         config.seed,
         time_attr="progress",
         metric=score_names(config.objectives)[0],
@@ -90,7 +90,7 @@ def within(space: Mapping[str, Distribution], knobs: Mapping[str, Any]) -> dict[
     return inside
 
 
-class _Seeded(PopulationBasedTraining):
+class Population(PopulationBasedTraining):
     """Decides by numbers that depend on the seed and the step alone.
 
     Tune draws from the process's own random numbers, which anything else may draw from too.

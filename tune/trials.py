@@ -103,8 +103,11 @@ def run_trials(
             failure_config=ray.tune.FailureConfig(fail_fast=True),
         ),
     )
-    for error in tuner.fit().errors:
+    results = tuner.fit()
+    for error in results.errors:
         raise _cause(error)
+    if len(log.trials) < len(results):  # by a signal, which Tune takes for an end
+        raise PilotfishError("the search was interrupted. Pass --resume to go on where it stopped.")
     shutil.rmtree(folder)
     return sorted(log.trials, key=lambda trial: trial.number)
 

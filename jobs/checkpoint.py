@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 _POSITION_NAME = "position.pt"
+_DECIDED = ("betas", "weight_decay")
+"""Settings of an optimizer that a config gives and a checkpoint holds too."""
 
 
 @dataclass(slots=True)
@@ -48,9 +50,10 @@ def save(engine: Any, folder: Path, position: Position) -> None:
 def resume(engine: Any, folder: Path) -> Position:
     """Restore weights, optimizer, schedule and random state of a checkpoint that all workers see.
 
-    ZeRO's shards fit the number of workers that wrote them; for another number the first worker
-    converts them. Then the data and the optimizer go on exactly, and random numbers as
-    `_restore_random_state` says. Raises `CheckpointError`.
+    Learning rate, betas and weight decay stay those that the engine was started with, whatever the
+    checkpoint's were. ZeRO's shards fit the number of workers that wrote them; for another number
+    the first worker converts them. Then the data and the optimizer go on exactly, and random
+    numbers as `_restore_random_state` says. Raises `CheckpointError`.
     """
     position = read_position(folder)
     if position.num_workers != dist.get_world_size() and engine.zero_optimization():
@@ -60,6 +63,7 @@ def resume(engine: Any, folder: Path) -> Position:
         engine._config.load_universal_checkpoint = True
     else:
         source = folder
+    settings = _optimizer_settings(engine)
     # What is frozen is not in there.
     path, _ = engine.load_checkpoint(str(source), load_module_strict=False)
     if path is None:
@@ -67,6 +71,7 @@ def resume(engine: Any, folder: Path) -> Position:
             f"{str(folder)!r} holds no DeepSpeed checkpoint. Train with force=true to start from "
             "the beginning."
         )
+    _set_optimizer(engine, settings)
     _restore_random_state(folder, position.num_workers)
     logger.info("resuming behind step %d", position.step)
     return position
@@ -106,6 +111,25 @@ def gathered_state(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
                     copies[id(tensor)] = tensor.detach().cpu().clone()
                 state[name] = copies[id(tensor)]
     return state
+
+
+def _optimizer_settings(engine: Any) -> list[dict[str, Any]]:
+    """Return what the config decides of each group of weights, less the learning rate."""
+    if engine.lr_scheduler is None:
+        return []
+    groups = engine.lr_scheduler.optimizer.param_groups
+    return [{name: group[name] for name in _DECIDED if name in group} for group in groups]
+
+
+def _set_optimizer(engine: Any, settings: list[dict[str, Any]]) -> None:
+    """Undo what restoring the optimizer did to its settings."""
+    schedule = engine.lr_scheduler
+    if schedule is None:
+        return
+    for group, decided in zip(schedule.optimizer.param_groups, settings, strict=True):
+        group.update(decided)
+    # A schedule remembers how many steps were taken, and no rates: this gives the rate of the step.
+    schedule.step(schedule.last_batch_iteration)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What is written beside a trained model: its training record, and for a guide its card."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ def training_record(
         "metrics": history[-1],
         "history": list(history),
         **tracking.git_state(),
+    }
+
+
+def version_tags(config: JobConfig, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the model registry says of a version."""
+    return {
+        "kind": config.guide_kind or "base",
+        "base": config.base_name[:200],
+        "config_hash": record["config_hash"],
+        "git_commit": record["git_commit"],
     }
 
 

@@ -43,6 +43,8 @@ class _Engine:
     """What checkpoints and reports ask of DeepSpeed's engine, for a learner that has none: its
     networks are tiny, and one process holds them and the replay."""
 
+    lr_scheduler = None
+
     def __init__(self, learner: SACLearner, learning_rate: float, device: torch.device) -> None:
         self._learner, self._learning_rate = learner, learning_rate
         self.device = device

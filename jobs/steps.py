@@ -15,6 +15,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from torch import Tensor
 
 from jobs.checkpoint import MODEL_FOLDER, Position, resume, save
+from jobs.stretch import CHECKPOINT_FOLDER, Stretch
 from pilotfish.train.config import TrainConfig
 from pilotfish.train.metrics import Tally, add, wilson_interval
 
@@ -50,11 +51,18 @@ class Trainee(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-def run_steps(trainee: Trainee, train: TrainConfig, progress: Any) -> list[dict[str, float]]:
-    """Take the steps that are left; return all reports. `progress` is the board's handle."""
-    position = _position(trainee)
+def run_steps(
+    trainee: Trainee, train: TrainConfig, progress: Any, *, stretch: Stretch | None = None
+) -> list[dict[str, float]]:
+    """Take the steps that are left, of the whole training or of a stretch; return all reports.
+
+    `progress` is the board's handle.
+    """
+    position = _position(trainee, stretch)
     trainee.restore(position.state)
     total, rank = trainee.total_steps, dist.get_rank()
+    if stretch is not None:
+        total = min(stretch.until, total)
     tallies: dict[str, Tally] = {}
     started, since = time.monotonic(), position.step
     for step in range(position.step, total):
@@ -130,13 +138,15 @@ def _is_multiple(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _position(trainee: Trainee) -> Position:
-    """Restore the last checkpoint of the run, if there is one; return where to go on."""
+def _position(trainee: Trainee, stretch: Stretch | None) -> Position:
+    """Restore the run's last checkpoint, or that of the stretch before; return where to go on."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return Position()
-    with checkpoint.as_directory() as folder:
-        return resume(trainee.engine, Path(folder))
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            return resume(trainee.engine, Path(folder))
+    if stretch is not None and stretch.start is not None:
+        return resume(trainee.engine, stretch.start / CHECKPOINT_FOLDER)
+    return Position()
 
 
 def _report_checkpoint(

@@ -34,9 +34,10 @@ from jobs.checkpoint import MODEL_FOLDER
 from jobs.config import JobConfig
 from jobs.dry_run import check_base, memory_plan
 from jobs.progress import hide_bars, progress_bar
-from jobs.records import describe, training_record
+from jobs.records import describe, training_record, version_tags
 from jobs.resolve import config_hash, resolved
 from jobs.run_folder import RunInfo, prepare_in, read_run_info, write_run_info
+from jobs.stretch import CHECKPOINT_FOLDER, Stretch, stretch_hash
 from jobs.worker import WorkerSettings, train_loop
 from pilotfish import config as configs
 from pilotfish.data.tokenized import LengthReport
@@ -48,14 +49,17 @@ logger = logging.getLogger(__name__)
 WorkerLoop = Callable[[dict[str, Any]], list[dict[str, float]]]
 
 
-def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
+def train(
+    config: JobConfig, *, loop: WorkerLoop = train_loop, stretch: Stretch | None = None
+) -> Path:
     """Run the job and return the folder it wrote.
 
     Returns at once when the output was trained from the same settings before. Raises `ConfigError`
-    for an output of other settings, unless `force` is set. `loop` is what each worker runs.
+    for an output of other settings, unless `force` is set. `loop` is what each worker runs. With
+    `stretch` those steps are taken alone, and the folder also holds what the next ones start from.
     """
     config = resolved(config)
-    digest = config_hash(config)
+    digest = config_hash(config) if stretch is None else stretch_hash(config, stretch)
     output = Path(config.output)
     if _is_done(config, digest):
         logger.info("%s is trained already from these settings; reusing it", output)
@@ -69,18 +73,21 @@ def train(config: JobConfig, *, loop: WorkerLoop = train_loop) -> Path:
         shutil.rmtree(run_folder, ignore_errors=True)
     cluster.connect(num_cpus=config.num_cpus, gpus=config.scaling.use_gpu)
     with ExitStack() as stack:
-        run = _open_run(config, digest, run_folder, stack)
+        run = _open_run(config, digest, run_folder, stretch, stack)
         info = RunInfo(
             config_hash=digest,
             run_id=None if run is None else run.run_id,
             tracking_uri=None if run is None else run.uri,
         )
         write_run_info(run_folder, info, config)
-        history, model = _fit(config, run_folder, run, loop)
+        history, checkpoint = _fit(config, run_folder, run, loop, stretch)
         record = training_record(config, info, history)
         # A job that is killed in here does all of it again.
         with whole_folder(output) as folder:
-            shutil.copytree(model, folder, dirs_exist_ok=True)
+            shutil.copytree(checkpoint / MODEL_FOLDER, folder, dirs_exist_ok=True)
+            if stretch is not None:
+                rest = shutil.ignore_patterns(MODEL_FOLDER)
+                shutil.copytree(checkpoint, folder / CHECKPOINT_FOLDER, ignore=rest)
             describe(folder, config, record)
             if run is not None:
                 _publish(run, config, folder, record)
@@ -123,9 +130,12 @@ def _slug(config: JobConfig) -> str:
 
 
 def _open_run(
-    config: JobConfig, digest: str, run_folder: Path, stack: ExitStack
+    config: JobConfig, digest: str, run_folder: Path, stretch: Stretch | None, stack: ExitStack
 ) -> tracking.TrackedRun | None:
-    before = read_run_info(run_folder)
+    info = read_run_info(run_folder)
+    before = None if info is None else (info.run_id, info.tracking_uri)
+    if before is None and stretch is not None:
+        before = stretch.run_before(config)
     uri = tracking.tracking_uri(config.tracking, config.root)
     return stack.enter_context(
         tracking.tracked_run(
@@ -134,7 +144,7 @@ def _open_run(
             name=_slug(config),
             settings=config.model_dump(mode="json"),
             tags={"config_hash": digest, "job": "train", "objective": config.objective.kind},
-            continued=before.run_id if before is not None and before.tracking_uri == uri else None,
+            continued=before[0] if before is not None and before[1] == uri else None,
         )
     )
 
@@ -144,8 +154,9 @@ def _fit(
     run_folder: Path,
     run: tracking.TrackedRun | None,
     loop: WorkerLoop,
+    stretch: Stretch | None,
 ) -> tuple[list[dict[str, float]], Path]:
-    """Run the workers; return their reports and the folder with the finished model."""
+    """Run the workers; return their reports and their last checkpoint, which holds the model."""
     prepared, lengths = _prepare(config, run_folder)
     logger.info("training rows: %s", lengths)
     if run is not None:
@@ -157,6 +168,7 @@ def _fit(
             progress=board,
             run_id=None if run is None else run.run_id,
             tracking_uri=None if run is None else run.uri,
+            stretch=stretch,
         )
         trainer = TorchTrainer(
             loop,
@@ -180,7 +192,7 @@ def _fit(
         result: Result = trainer.fit()
     assert result.checkpoint is not None, "the loop ends with a checkpoint"
     assert result.return_value is not None, "the loop returns its reports"
-    return result.return_value, Path(result.checkpoint.path) / MODEL_FOLDER
+    return result.return_value, Path(result.checkpoint.path)
 
 
 def _prepare(config: JobConfig, run_folder: Path) -> tuple[Any, LengthReport]:
@@ -213,13 +225,7 @@ def _publish(
     figure = tracking.curves_figure(record["history"], quantities, _slug(config))
     run.log_figure(figure, name)
     if config.tracking.register_as is not None:
-        tags = {
-            "kind": config.guide_kind or "base",
-            "base": config.base_name[:200],
-            "config_hash": record["config_hash"],
-            "git_commit": record["git_commit"],
-        }
-        run.register(folder, config=config.tracking, tags=tags)
+        run.register(folder, config=config.tracking, tags=version_tags(config, record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from jobs.config import JobConfig
 from jobs.dataset import Prepared
 from jobs.reward_training import reward_training
 from jobs.steps import Trainee, run_steps
+from jobs.stretch import Stretch
 from jobs.supervised import SupervisedTraining
 from jobs.system_metrics import system_metrics
 
@@ -28,6 +29,8 @@ class WorkerSettings:
     run_id: str | None = None
     """Of MLflow, if the job is tracked."""
     tracking_uri: str | None = None
+    stretch: Stretch | None = None
+    """None: the whole training."""
 
 
 def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
@@ -45,7 +48,7 @@ def train_loop(settings: dict[str, Any]) -> list[dict[str, float]]:
             trainee: Trainee = reward_training(job.config, prepared)
         else:
             trainee = SupervisedTraining(job.config, prepared)
-        return run_steps(trainee, job.config.train, job.progress)
+        return run_steps(trainee, job.config.train, job.progress, stretch=job.stretch)
 
 
 def _set_log_levels() -> None:

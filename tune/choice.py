@@ -25,6 +25,8 @@ class Trial(Config):
     """Whether it ran to its end; if not, the scheduler stopped it."""
     violations: dict[str, float] = Field(default_factory=dict)
     """By constraint that is broken: by how much of its bound."""
+    folder: str | None = None
+    """What it trained, if it trains."""
 
     @property
     def is_feasible(self) -> bool:

@@ -194,6 +194,15 @@ class DecodingSearchConfig(SearchConfig, DecodingJobConfig):
         return ("reward", *parts, *DECODING_METRICS)
 
 
+class Retraining(Config):
+    """The best knobs and the job as it is, trained anew to see whether the one beats the other."""
+
+    seeds: int = Field(default=3, ge=2)
+    """Trainings of each, with seeds that no trial had."""
+    overrides: tuple[str, ...] = Field(min_length=1)
+    """Dotted overrides that give the job other held-out rows: `data.heldout_seed=79`."""
+
+
 class TrainingSearchConfig(SearchConfig):
     """A search over training knobs: every trial trains a job.
 
@@ -204,6 +213,7 @@ class TrainingSearchConfig(SearchConfig):
     """Path of the config of `python -m jobs.train`."""
     overrides: tuple[str, ...] = ()
     """Dotted overrides of it that hold for all trials."""
+    confirm: Retraining | None = None
 
 
 def resolved_decoding(config: DecodingSearchConfig) -> DecodingSearchConfig:

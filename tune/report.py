@@ -36,11 +36,14 @@ class Gain(Config):
 class Confirmation(Config):
     """The winner, the setting as it stood and the base on prompts that the search never saw."""
 
+    unit: str = "prompts"
+    """What there is a difference for: each prompt, or of `trainings` each seed."""
     prompts_from: str
     num_prompts: int
+    """Or trainings."""
     repeats: int
     settings: dict[str, Setting]
-    """By role: `winner`, `default`, `base`."""
+    """By role: `winner`, `default`, `base`; empty for trainings."""
     metrics: dict[str, dict[str, float]]
     """By role."""
     gains: dict[str, Gain]

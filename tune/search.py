@@ -17,12 +17,16 @@ from pathlib import Path
 import yaml
 
 from jobs.command import run_command
+from jobs.output import with_output
+from pilotfish.errors import ConfigError
 from tune.config import DecodingSearchConfig, SearchConfig, TrainingSearchConfig, resolved_decoding
 from tune.decoding import search_decoding
 from tune.knobs import apply_to_cards, check_applicable
 from tune.page import PAGE_NAME
 from tune.report import SearchReport
 from tune.space import show
+from tune.trainer import job_of
+from tune.training import WINNER, search_training
 
 _FLAGS = {
     "resume": "go on with a search that was not finished",
@@ -54,11 +58,17 @@ def _kind(path: str, overrides: Sequence[str]) -> type[SearchConfig]:
 
 
 def _resolved(config: SearchConfig) -> SearchConfig:
+    if isinstance(config, TrainingSearchConfig):
+        config = with_output(config)
+        job_of(config)  # says what cannot be honoured
+        return config
     assert isinstance(config, DecodingSearchConfig)
     return resolved_decoding(config)
 
 
 def _search_and_show(config: SearchConfig, *, resume: bool, apply: bool) -> str:
+    if isinstance(config, TrainingSearchConfig):
+        return _train_and_show(config, resume=resume, apply=apply)
     assert isinstance(config, DecodingSearchConfig)
     config = resolved_decoding(config)
     if apply:
@@ -70,6 +80,17 @@ def _search_and_show(config: SearchConfig, *, resume: bool, apply: bool) -> str:
     return "\n".join(lines)
 
 
+def _train_and_show(config: TrainingSearchConfig, *, resume: bool, apply: bool) -> str:
+    if apply:
+        raise ConfigError(
+            "--apply writes decode-time knobs into guides' cards; a search over training knobs "
+            "writes its best model. Leave it out."
+        )
+    report = search_training(config, resume=resume)
+    output = Path(with_output(config).output)
+    return f"{summary(report)}\nwinner: {output / WINNER}\nreport: {output / PAGE_NAME}"
+
+
 def summary(report: SearchReport) -> str:
     """Return what was found, in a few lines."""
     winner, found = report.winner, report.confirmation
@@ -79,7 +100,7 @@ def summary(report: SearchReport) -> str:
     if found is not None and metric in found.gains:
         gain = found.gains[metric].mean
         lines.append(
-            f"{metric} on {found.num_prompts} held-out prompts: "
+            f"{metric} on {found.num_prompts} other {found.unit}: "
             f"{found.metrics['winner'][metric]:.3f} against {found.metrics['default'][metric]:.3f} "
             f"with the knobs as they stood, a difference of {gain.mean:+.3f} ± {gain.error:.3f}"
         )

@@ -32,7 +32,7 @@ class Clock:
     """What the progress of a trial is counted in."""
 
     unit: str
-    """`prompts` or `steps`."""
+    """`prompts`, `steps`, or `trainings` that report at their end alone."""
     first: int
     """Progress at the first report."""
     end: int
@@ -47,13 +47,19 @@ class Reporter:
     constraints: Sequence[Constraint]
 
     def report(
-        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float], **extra: Any
+        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float]
     ) -> None:
-        """Report; `base` has the metrics of the base, where constraints speak of it. The scheduler
-        may end the trial here. `extra` goes to `ray.tune.report`."""
+        """Report what is `told`. The scheduler may end the trial here."""
+        ray.tune.report(self.told(metrics, progress, base))
+
+    def told(
+        self, metrics: Mapping[str, float], progress: int, base: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Return what Tune is told of a trial; `base` has the metrics of the base, where
+        constraints speak of it."""
         broken = violations(metrics, self.constraints, base)
         told = {"metrics": dict(metrics), "violations": broken, "progress": progress}
-        ray.tune.report({**told, **scores(metrics, broken, self.objectives)}, **extra)
+        return {**told, **scores(metrics, broken, self.objectives)}
 
 
 def run_trials(
@@ -91,13 +97,17 @@ def run_trials(
         run_config=ray.tune.RunConfig(
             name="trials",
             storage_path=str(folder),
+            stop={"progress": clock.end},  # or a population would copy once more at its end
             verbose=0,
             callbacks=[log],
             failure_config=ray.tune.FailureConfig(fail_fast=True),
         ),
     )
-    for error in tuner.fit().errors:
+    results = tuner.fit()
+    for error in results.errors:
         raise _cause(error)
+    if len(log.trials) < len(results):  # by a signal, which Tune takes for an end
+        raise PilotfishError("the search was interrupted. Pass --resume to go on where it stopped.")
     shutil.rmtree(folder)
     return sorted(log.trials, key=lambda trial: trial.number)
 
@@ -131,6 +141,7 @@ class _Log(ray.tune.Callback):
             progress=last["progress"],
             complete=last["progress"] >= self.clock.end,
             violations=last["violations"],
+            folder=last.get("folder"),
         )
         self.trials.append(ended)
         found = ", ".join(f"{name} {ended.metrics[name]:.3f}" for name in self.shown)
@@ -146,7 +157,8 @@ def _searcher(config: SearchConfig) -> Any:
     if plan.algorithm == "random":
         return BasicVariantGenerator(
             points_to_evaluate=points,
-            max_concurrent=plan.max_concurrent_trials,
+            # A population is compared, so all of it is begun; its trainings wait for each other.
+            max_concurrent=0 if plan.scheduler.kind == "pbt" else plan.max_concurrent_trials,
             random_state=config.seed,
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)

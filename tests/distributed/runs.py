@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs.checkpoint import MODEL_FOLDER, Position, resume, save
 from jobs.config import JobConfig
@@ -18,6 +19,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "intermediate_size": 36,
 }
+CHANGED = ("train.learning_rate=1e-3", "train.betas=[0.7,0.8]", "train.weight_decay=0.3")
 CUT, END = 3, 6
 CUT_FOLDER, END_FOLDER = "checkpoint_cut", "checkpoint_end"
 
@@ -49,6 +51,20 @@ def run_rest(
 ) -> dict[str, list[float]]:
     """Resume each at the cut; return the losses behind it."""
     return {name: _run_rest(config, folder / name, prepared) for name, config in runs.items()}
+
+
+def run_changed(
+    runs: Mapping[str, JobConfig], folder: Path, prepared: Prepared
+) -> dict[str, tuple[dict[str, Any], list[float]]]:
+    """Resume each at the cut; return the settings of its optimizer there, and the losses behind."""
+    found = {}
+    for name, config in runs.items():
+        trainee = SupervisedTraining(config, prepared)
+        resume(trainee.engine, folder / name / CUT_FOLDER)
+        [group] = trainee.engine.optimizer.param_groups
+        settings = {key: group[key] for key in ("lr", "betas", "weight_decay")}
+        found[name] = settings, _losses(trainee, CUT, END)
+    return found
 
 
 def _run_whole(config: JobConfig, folder: Path, prepared: Prepared) -> list[float]:

@@ -1,6 +1,7 @@
 """Runs go on where they were cut, with as many workers as before and with others; and what their
 checkpoints hold becomes a folder at any time."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from pilotfish import world
 from pilotfish.errors import CheckpointError
 from pilotfish.train.export import read_record
 from tests.distributed.runs import (
+    CHANGED,
     CUT,
     CUT_FOLDER,
     END,
     END_FOLDER,
     SHAPE,
+    run_changed,
     run_rest,
     run_whole,
     tiny_job,
@@ -48,6 +51,7 @@ class Cut:
     two_then_two: Mapping[str, list[float]]
     one_whole: Mapping[str, list[float]]
     one_then_two: Mapping[str, list[float]]
+    one_then_changed: Mapping[str, tuple[dict[str, Any], list[float]]]
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +65,20 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Cut:
     prepared, _ = prepare(configs["zero0"])
     one, two = root / "one", root / "two"
     plain = {name: configs[name] for name in PLAIN}
+    changed = {name: tiny_job(root, *kind, *CHANGED) for name, kind in PLAIN.items()}
     two_whole = run_world(2, run_whole, configs, two, prepared)[0]
-    alone = run_world(1, whole_and_rest, configs, plain, one, two, prepared)[0]
+    alone = run_world(1, by_one, configs, plain, changed, one, two, prepared)[0]
     together = run_world(2, both_rests, plain, {"dropout": configs["dropout"]}, one, two, prepared)
-    return Cut(configs, two, two_whole, alone[1], together[0][1], alone[0], together[0][0])
+    of_one, of_two = together[0]
+    return Cut(configs, two, two_whole, alone[1], of_two, alone[0], of_one, alone[2])
 
 
-def whole_and_rest(rest: Any, whole: Any, one: Path, two: Path, prepared: Any) -> Any:
-    return run_whole(whole, one, prepared), run_rest(rest, two, prepared)
+def by_one(rest: Any, whole: Any, changed: Any, one: Path, two: Path, prepared: Any) -> Any:
+    return (
+        run_whole(whole, one, prepared),
+        run_rest(rest, two, prepared),
+        run_changed(changed, one, prepared),
+    )
 
 
 def both_rests(of_one: Any, of_two: Any, one: Path, two: Path, prepared: Any) -> Any:
@@ -105,6 +115,21 @@ def test_dropout_goes_on_with_the_numbers_it_would_have_drawn(cut: Cut) -> None:
 
 def test_dropout_at_another_number_of_workers_draws_other_numbers(cut: Cut) -> None:
     assert cut.two_then_one["dropout"] != cut.two_whole["dropout"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_run_goes_on_from_anothers_weights_with_its_own_optimizer_settings(
+    cut: Cut, name: str
+) -> None:
+    settings, losses = cut.one_then_changed[name]
+    # Two of six steps warm up linearly; the third, which is the next, is a quarter down the cosine
+    # to a twentieth.
+    rate = 1e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi / 4)) / 2)
+    assert settings["lr"] == pytest.approx(rate, rel=1e-6)
+    assert tuple(settings["betas"]) == (0.7, 0.8)
+    assert settings["weight_decay"] == 0.3
+    assert losses[0] == cut.one_whole[name][0]
+    assert losses[1] != cut.one_whole[name][1]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

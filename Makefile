@@ -8,7 +8,7 @@ CONFIG ?= jobs/configs/kitchen/genarm.yaml
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart kitchen reproduce train test test-unit check format clean
+.PHONY: help setup quickstart kitchen reproduce train test test-slow test-unit check format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,9 +34,12 @@ reproduce: setup ## Train, tune, measure: one page on four papers' claims
 train: setup ## Train from a config: make train CONFIG=jobs/configs/kitchen/genarm.yaml
 	$(RUN) -m jobs.train $(CONFIG)
 
-test: setup ## Run the whole test suite (starts local Ray clusters)
+test: setup ## Run the test suite (starts local Ray clusters)
 	$(RUN) -m pytest -m 'not cluster' -n logical --maxprocesses 8 --dist loadscope
-	$(RUN) -m pytest -m cluster
+	$(RUN) -m pytest -m 'cluster and not slow'
+
+test-slow: setup ## Run the tests that take minutes: searches that are killed, populations
+	$(RUN) -m pytest -m slow
 
 test-unit: setup ## Run the tests that need no Ray cluster
 	$(RUN) -m pytest -m 'not cluster and not gpu' -n logical --maxprocesses 8 --dist loadscope

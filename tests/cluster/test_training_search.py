@@ -16,7 +16,7 @@ from tune.state import read_state, write_state
 from tune.trainer import TRAININGS
 from tune.training import WINNER, search_training
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 HALF, STEPS = 3, 6
 SLOW = 1e-6

@@ -35,11 +35,14 @@ def tracked_search(config: SearchConfig, state: State) -> Iterator[TrackedRun | 
 
 
 class TrialRuns:
-    """Writes a child run for each trial that ends; those of a run cut short stay as they are."""
+    """Writes a child run for each trial that ends; those of a search cut short stay as they are,
+    but for one that was being written, which is finished."""
 
     def __init__(self, config: SearchConfig, run: TrackedRun | None) -> None:
         self._config, self._run = config, run
-        self._known = set() if run is None else _children(run)
+        children = {} if run is None else _children(run)
+        self._known = {tag for tag, (_, status) in children.items() if status == "FINISHED"}
+        self._begun = {tag: run_id for tag, (run_id, _) in children.items()}
 
     def add(self, trial: Trial) -> None:
         """Open a run with a trial's knobs and metrics, and close it."""
@@ -57,14 +60,19 @@ class TrialRuns:
                 "complete": str(trial.complete).lower(),
                 "feasible": str(trial.is_feasible).lower(),
             },
+            continued=self._begun.get(tag),
         ) as run:
             assert run is not None, "children are tracked where their parent is"
             run.log_metrics(trial.metrics, step=trial.progress)
 
 
-def _children(run: TrackedRun) -> set[str]:
+def _children(run: TrackedRun) -> dict[str, tuple[str, str]]:
+    """Return the id and the status of the run of each trial."""
     experiment = run.client.get_run(run.run_id).info.experiment_id
     found = run.client.search_runs(
         [experiment], filter_string=f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.run_id}'"
     )
-    return {child.data.tags.get(_KNOBS_TAG, "") for child in found}
+    return {
+        child.data.tags.get(_KNOBS_TAG, ""): (child.info.run_id, child.info.status)
+        for child in found
+    }

@@ -98,8 +98,8 @@ class Batch(NamedTuple):
     """What a replica sends at a time; sent as a bare tuple."""
 
     tokens: list[tuple[Any, ...]]
-    gave_up: list[str] = []  # noqa: RUF012 - never written to
-    """Guides that the request goes on without from here."""
+    gave_up: list[tuple[str, int]] = []  # noqa: RUF012 - never written to
+    """Guides that the request goes on without, and behind how many of these tokens each."""
     readings: list[tuple[Any, ...]] = []  # noqa: RUF012 - never written to
     """Tokens of the prompt; all of them come before the completion's first."""
     ended: bool = False

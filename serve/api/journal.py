@@ -102,9 +102,9 @@ class Journal:
             readings = [Token(*values) for values in batch.readings]
             _check_positions(readings, max(1, self.read_from or 0) + len(self.readings))
             self.readings += readings
+        for name, num_before in batch.gave_up:
+            self.gave_up.setdefault(name, len(self.completed) + num_before)
         self.completed += [token.token_id for token in tokens]
-        for name in batch.gave_up:
-            self.gave_up.setdefault(name, len(self.completed))
         if tokens:
             self.finish_reason = tokens[-1].finish_reason
         elif batch.ended:

@@ -205,13 +205,19 @@ async def _close_at_end(line: Line, reader: asyncio.StreamReader) -> None:
 
 
 def _to_batch(items: Sequence[Any]) -> Batch:
-    read = [item for item in items if isinstance(item, PromptEvent)]
-    return Batch(
-        [to_token(item) for item in items if isinstance(item, TokenEvent)],
-        [guide_name(item) for item in items if isinstance(item, str)],
-        [reading for event in read for reading in to_readings(event)],
-        any(event.finish_reason is not None for event in read),
-    )
+    batch = Batch([], [], [], any(_ends_reading(item) for item in items))
+    for item in items:
+        if isinstance(item, TokenEvent):
+            batch.tokens.append(to_token(item))
+        elif isinstance(item, PromptEvent):
+            batch.readings.extend(to_readings(item))
+        else:
+            batch.gave_up.append((guide_name(item), len(batch.tokens)))
+    return batch
+
+
+def _ends_reading(item: Any) -> bool:
+    return isinstance(item, PromptEvent) and item.finish_reason is not None
 
 
 def _own(error: BaseException) -> BaseException:

@@ -268,7 +268,7 @@ def test_a_guide_that_is_gone_fails_only_the_requests_that_want_it(parts: Parts)
         batches = [batch async for batch in model.generate(sent)]
         unguided = [Token(*values) for batch in batches for values in batch[0]]
         assert ids(unguided) == ids(await drain(model, parts.request()))
-        assert [name for batch in batches for name in batch[1]] == ["far"]
+        assert [gone for batch in batches for gone in batch[1]] == [("far", 0)]
 
     asyncio.run(run())
     model.close()

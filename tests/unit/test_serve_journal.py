@@ -161,14 +161,14 @@ def test_leaving_the_stream_cancels_the_call() -> None:
 
 def test_a_guide_that_was_given_up_stays_given_up_elsewhere() -> None:
     async def gives_up(request: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
-        yield ([token(0), token(1)], [])
-        yield ([token(2)], ["g"])
+        yield ([token(0), token(1)], [("f", 0), ("e", 1)])
+        yield ([token(2)], [("g", 1)])
         raise ActorDiedError
 
     replicas, entry = Replicas(gives_up, healthy), journal()
     assert collect(replicas, entry) == TEXT
-    assert replicas.requests[1]["gave_up"] == ["g"]
-    assert entry.gave_up == {"g": 3}
+    assert replicas.requests[1]["gave_up"] == ["f", "e", "g"]
+    assert entry.gave_up == {"f": 0, "e": 1, "g": 3}
 
 
 PROMPT = list(range(6))

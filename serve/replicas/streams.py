@@ -127,7 +127,7 @@ class Line:
         if soon:
             if not self._soon:
                 loop.call_soon(self._send_soon)
-            self._soon.setdefault(key, self._waiting.pop(key, [])).append(item)
+            self._soon.setdefault(key, []).extend([*self._waiting.pop(key, ()), item])
         else:
             self._waiting.setdefault(key, []).append(item)
             if not self._is_ticking:

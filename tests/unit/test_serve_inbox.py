@@ -1,18 +1,21 @@
 """Tokens that go to an ingress past Serve: `serve.api.inbox` and `serve.replicas.streams`."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
+from pilotfish.decode.sequence import FinishReason, TokenEvent
 from serve import frames
 from serve.api.calls import Calls, drain
 from serve.api.inbox import Inbox
 from serve.api.journal import Journal, Patience
 from serve.errors import EngineError
+from serve.replicas.streams import Lines
 from serve.wire import GuideUse, Token
 from tests.handles import LocalHandle, LocalStream
 from tests.http_api import Server
@@ -106,6 +109,46 @@ def test_posted_tokens_are_those_that_come_with_the_calls(server: Server) -> Non
     assert run(use) == expected
     assert all(call.num_items > 0 for call in pulled.calls)
     assert [call.num_items for call in posted.calls] == [0] * 6
+
+
+@pytest.mark.parametrize("pauses", list(itertools.product((False, True), repeat=4)))
+def test_no_token_is_lost_however_many_come_at_once(pauses: Sequence[bool]) -> None:
+    """The first and the last token of a completion overtake the next frame."""
+    frames_read: list[Any] = []
+
+    async def use() -> None:
+        over = asyncio.Event()
+
+        async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(asyncio.IncompleteReadError):
+                while not (frames_read and frames_read[-1][-1][1][-1][5] == "stop"):
+                    said = await frames.read(reader)
+                    frames_read.extend([] if said == ("secret",) else [said])
+            writer.close()
+            over.set()
+
+        listening = await asyncio.start_server(note, HOST, 0)
+        port = listening.sockets[0].getsockname()[1]
+        lines = Lines(lambda: 0.01)
+        stream = await lines.stream(frames.ReplyTo(HOST, port, "secret", 7))
+        for index, pause in enumerate((*pauses, False)):
+            stream.put(event(index, is_last=index == len(pauses)), urgent=index == len(pauses))
+            if pause:
+                await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await over.wait()
+        listening.close()
+
+    asyncio.run(use())
+    positions = [token[0] for [(_, tokens, *_)] in frames_read for token in tokens]
+    assert positions == [0, 1, 2, 3, 4]
+
+
+def event(index: int, *, is_last: bool) -> TokenEvent:
+    reason = FinishReason.STOP if is_last else None
+    return TokenEvent(
+        key=0, index=index, token_id=9, logprob=0, base_logprob=0, kl=0, finish_reason=reason
+    )
 
 
 def test_what_is_read_of_a_prompt_is_posted_too(server: Server) -> None:

@@ -63,8 +63,11 @@ class Keys:
 class Doorman:
     """Says who a request comes from, or turns it away."""
 
-    def __init__(self, keys: Keys | None, *, allow_unauthenticated: bool) -> None:
-        self._keys, self._open = keys, allow_unauthenticated
+    def __init__(
+        self, keys: Keys | None, *, allow_unauthenticated: bool, sees_peers: bool = True
+    ) -> None:
+        """`sees_peers` says whether a connection's other end is the client, and no proxy's."""
+        self._keys, self._open, self._sees_peers = keys, allow_unauthenticated, sees_peers
 
     def client(self, authorization: bytes, peer: str | None) -> Client:
         """Return who asks, by the `Authorization` header and the address at the other end.
@@ -73,7 +76,7 @@ class Doorman:
         or what users may.
         """
         if self._keys is None:
-            if _is_loopback(peer):
+            if self._sees_peers and is_loopback(peer):
                 return Client("", Role.ADMIN)
             if self._open:
                 return Client("", Role.USER)
@@ -113,7 +116,7 @@ def check_exposure(config: IngressConfig, host: str | None) -> None:
 
     None is a server without HTTP.
     """
-    if config.has_keys or config.allow_unauthenticated or host is None or _is_loopback(host):
+    if config.has_keys or config.allow_unauthenticated or host is None or is_loopback(host):
         return
     raise ConfigError(
         f"the server listens on {host}, where others reach it, and has no API keys. Set "
@@ -122,7 +125,7 @@ def check_exposure(config: IngressConfig, host: str | None) -> None:
     )
 
 
-def _is_loopback(host: str | None) -> bool:
+def is_loopback(host: str | None) -> bool:
     if host == "localhost":
         return True
     try:

@@ -30,7 +30,9 @@ user:sk-third
 class House:
     """Routes behind a gate that say who came and how much they brought."""
 
-    def __init__(self, keys: Keys | None, *, allow: bool = False, **limits: Any) -> None:
+    def __init__(
+        self, keys: Keys | None, *, allow: bool = False, sees_peers: bool = True, **limits: Any
+    ) -> None:
         self.visits: list[Visit] = []
         http = FastAPI()
 
@@ -46,7 +48,7 @@ class House:
 
         self.app = Gate(
             http,
-            doorman=Doorman(keys, allow_unauthenticated=allow),
+            doorman=Doorman(keys, allow_unauthenticated=allow, sees_peers=sees_peers),
             limits=LimitsConfig(**limits),
             over=self.visits.append,
         )
@@ -227,6 +229,12 @@ def test_without_keys_this_machine_may_do_everything_and_others_what_is_allowed(
         else:
             assert answer.json() == {"id": "", "role": role}
     assert House(None).get("/health", peer=peer).status_code == 200
+
+
+def test_behind_a_proxy_that_others_reach_nobody_passes_for_this_machine() -> None:
+    answer = House(None, allow=True, sees_peers=False).get("/v1/models")
+    assert answer.json() == {"id": "", "role": Role.USER}
+    assert House(None, sees_peers=False).get("/v1/models").status_code == 401
 
 
 def body(text: bytes, *, more: bool = False) -> Message:

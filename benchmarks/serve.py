@@ -29,7 +29,13 @@ from tqdm import tqdm
 from benchmarks.machine import describe
 from benchmarks.serve_load import Found, Load
 from jobs import cluster
-from jobs.serving import application, free_port, served, write_serve_config
+from jobs.serving import (
+    application,
+    free_port,
+    haproxy_environment,
+    served,
+    write_serve_config,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACEMENTS = ("colocated", "remote")
@@ -213,8 +219,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--requests", type=int, default=12, help="at least, per round")
     parser.add_argument("--tokens", type=int, default=100, help="per request")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--proxy", choices=("haproxy", "serve"), default="haproxy")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    if options.proxy == "haproxy":
+        os.environ.update(haproxy_environment())
     root, port = Path(options.root).resolve(), free_port(8000)
     cluster.connect(num_cpus=4)
     askers: dict[str, Asker] = {}
@@ -236,6 +245,7 @@ def main(argv: Sequence[str]) -> None:
                     asker.close()
     report = {
         **describe(1),
+        "proxy": options.proxy,
         "load_average": os.getloadavg()[2],
         "rows": [asdict(row) for row in rows],
         "overload": asdict(crowded),

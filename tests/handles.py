@@ -17,7 +17,9 @@ class LocalHandle:
         return self
 
     def __getattr__(self, name: str) -> "_Method":
-        return _Method(getattr(self._target, name), self._breakage)
+        return _Method(
+            lambda *args, **kwargs: getattr(self._target, name)(*args, **kwargs), self._breakage
+        )
 
 
 class LocalReplicas:

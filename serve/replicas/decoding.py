@@ -16,6 +16,7 @@ from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
 from serve.replicas.engine_thread import EngineThread
+from serve.replicas.priority import go_first
 from serve.replicas.streams import Lines, Stream
 from serve.wire import GenerateRequest, to_request
 
@@ -84,8 +85,9 @@ class Decoding:
         """
         key = next(self._keys)
         job = to_request(key, request, guide_keys)
-        self.engine.check(job)
-        self._loop = asyncio.get_running_loop()
+        if (loop := asyncio.get_running_loop()) is not self._loop:
+            self._loop = loop
+            go_first()
         stream = self._streams[key] = await self._lines.stream(request.get("reply_to"))
         spared = [
             guide_keys[use.version.name]

@@ -1,11 +1,9 @@
 """The one thread that touches an engine. Others hand it work and get its tokens through calls."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +11,7 @@ from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import PromptEvent, Request, TokenEvent
 from pilotfish.errors import PilotfishError
 from serve.errors import EngineError, GuideUnavailableError
+from serve.replicas.priority import go_first
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class EngineThread:
             self._wake.notify()
 
     def _run(self) -> None:
-        _go_first()
+        go_first()
         try:
             while (inbox := self._wait()) is not None:
                 for work in inbox:
@@ -181,13 +180,6 @@ class EngineThread:
             self._engine.cancel(key)
             del self._open[key]
         self._on_failure(keys, error)
-
-
-def _go_first() -> None:
-    """Undo Ray's niceness of workers for this thread, where we may: a step that waits for a core
-    keeps all streams waiting, and those who carry tokens away find another."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from pilotfish.models.rows import prefix
 from serve.catalog import Catalog, GuideVersion
 from serve.config import GuideConfig
 from serve.replicas.following import Stock, versions_of
+from serve.replicas.priority import go_first
 from serve.replicas.shelf import Shelf
 from serve.wire import Question
 
@@ -48,7 +49,7 @@ class GuideModel:
         """Sequences by key, from the one that was not asked about for longest."""
         self._num_texts = _TEXTS_PER_SLOT * num_slots
         # One thread, since a forward moves rows of the cache about; Serve's own loop stays free.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="guide")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="guide", initializer=go_first)
 
     async def logprobs(
         self, version: GuideVersion, questions: Sequence[tuple[Any, ...]]
@@ -73,6 +74,7 @@ class GuideModel:
 
     async def check_health(self) -> None:
         """Fail only if nothing could be loaded; Serve's calls begin to follow the catalog."""
+        go_first()
         await self._stock.ensure()
 
     def _answer(

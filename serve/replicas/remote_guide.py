@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pilotfish.models.rows import Ask, common_prefix, group, invert
 from serve.catalog import GuideVersion
 from serve.config import GuideConfig
 from serve.errors import GuideUnavailableError
+from serve.replicas.priority import go_first
 from serve.retries import is_retryable
 from serve.wire import Question
 
@@ -52,7 +53,7 @@ class RemoteLM:
         self._device = device
         # Apart from those of other base replicas, which share the guide's caches.
         self._first_key = secrets.randbits(62) << 64
-        self._place = _Place()
+        self._place = _Place(handle)
         self._down_until = 0.0
         self._loop = _background_loop()
 
@@ -109,7 +110,7 @@ class RemoteLM:
                     raise TimeoutError(f"no answer in {self._guide.timeout_s:g} s")
                 if not calls or (late_at is not None and self._loop.time() >= late_at):
                     late_at = None
-                    elsewhere = _Place()
+                    elsewhere = _Place(self._handle)
                     calls[asyncio.ensure_future(self._call(elsewhere, asks))] = elsewhere
         finally:
             for call in calls:
@@ -119,17 +120,13 @@ class RemoteLM:
         """Ask the replica of a place, which may have forgotten what it was sent before."""
         num_rows = sum(len(ask.lengths) for ask in asks)
         fits = num_rows * self._row_bytes <= _MAX_GRPC_BYTES
-        handle = self._handle.options(session_id=place.session, _by_reference=not fits)
-        missing = await handle.logprobs.remote(
-            self._version, [self._question(place, ask) for ask in asks]
-        )
+        logprobs = place.quick if fits else place.roomy
+        missing = await logprobs.remote(self._version, [self._question(place, ask) for ask in asks])
         if not isinstance(missing, list):
             return missing
         for key in missing:
             place.sent.pop(key - self._first_key, None)
-        return await handle.logprobs.remote(
-            self._version, [self._question(place, ask) for ask in asks]
-        )
+        return await logprobs.remote(self._version, [self._question(place, ask) for ask in asks])
 
     def _question(self, place: "_Place", ask: Ask) -> Question:
         """Return what to send of a sequence, and note that it was sent."""
@@ -144,16 +141,32 @@ class RemoteLM:
 class _Place:
     """One guide replica as this process sees it, for as long as both live."""
 
-    def __init__(self) -> None:
-        self.session = secrets.token_hex(8)
-        """Serve sends calls of one session to one replica, and sessions to all of them."""
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._session = secrets.token_hex(8)
         self.sent: dict[int, list[int]] = {}
         """Ids that the replica has been sent, by the key of the context."""
+
+    # Made where they are used: a handle belongs to the event loop that it is made on.
+    @cached_property
+    def quick(self) -> Any:
+        """Asks by gRPC, which takes so many bytes."""
+        return self._asking(_by_reference=False)
+
+    @cached_property
+    def roomy(self) -> Any:
+        """Asks by the object store."""
+        return self._asking(_by_reference=True)
+
+    def _asking(self, **settings: Any) -> Any:
+        # Serve sends calls of one session to one replica, and sessions to all of them.
+        return self._handle.options(session_id=self._session, **settings).logprobs
 
 
 @cache
 def _background_loop() -> asyncio.AbstractEventLoop:
     """Return an event loop on a thread of its own: the engine's thread has none, and waits."""
     loop = asyncio.new_event_loop()
+    loop.call_soon(go_first)
     threading.Thread(target=loop.run_forever, name="remote-guides", daemon=True).start()
     return loop

@@ -1,7 +1,8 @@
 """One Ray head for the whole session, with ports and a folder of its own.
 
 Other clusters may run on the machine: nothing here relies on Ray's default ports, and only the
-processes started here are stopped.
+processes started here are stopped. With `RAY_SERVE_ENABLE_HA_PROXY=1` Serve answers through
+HAProxy.
 """
 
 import os
@@ -20,6 +21,7 @@ import pytest
 import ray
 
 from jobs import cluster
+from jobs.serving import haproxy_environment
 
 _START_SECONDS = 60
 _PORTS = (
@@ -45,6 +47,9 @@ def ray_cluster() -> Iterator[str]:
         # This process has read its mode when Ray was imported; the head must have the same.
         patch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+            for name, value in haproxy_environment().items():
+                patch.setenv(name, value)
         head = _start_head(folder, ports)
         try:
             _wait_for(ports["dashboard-port"], head)

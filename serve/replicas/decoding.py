@@ -16,6 +16,7 @@ from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
 from serve.replicas.engine_thread import EngineThread
+from serve.replicas.outbox import Outbox
 from serve.replicas.priority import go_first
 from serve.replicas.streams import Lines, Stream
 from serve.wire import GenerateRequest, to_request
@@ -65,7 +66,10 @@ class Decoding:
         self._leave = leave
         self._keys = itertools.count()
         self._streams: dict[int, Stream] = {}
-        self._lines = Lines(lambda: len(self._streams) / items_per_second)
+        self._lines = Lines()
+        self._outbox = Outbox(self._deliver, lambda: len(self._streams) / items_per_second)
+        self._unheard: set[int] = set()
+        """Keys of streams that nothing was sent on."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def generate(
@@ -96,8 +100,9 @@ class Decoding:
         ]
         ended = False
         try:
-            for name in gave_up:
-                stream.put(name, urgent=False)
+            if gave_up:
+                stream.put(gave_up)
+            self._unheard.add(key)
             self.thread.submit(job, goes_on_without=spared)
             async with aclosing(stream.batches()) as batches:
                 async for batch in batches:
@@ -105,6 +110,7 @@ class Decoding:
             ended = True
         finally:
             del self._streams[key]
+            self._unheard.discard(key)
             if not ended:
                 self.thread.cancel(key)
 
@@ -150,28 +156,36 @@ class Decoding:
         }
 
     def _on_events(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
-        assert self._loop is not None, "tokens come only after a request"
-        self._loop.call_soon_threadsafe(self._hand_out, events)
-
-    def _hand_out(self, events: Sequence[PromptEvent | TokenEvent]) -> None:
+        urgent = []
         for event in events:
-            self._put(event.key, event, event.finish_reason is not None)
+            self._outbox.add(event.key, event)
+            if event.finish_reason is not None or event.key in self._unheard:
+                self._unheard.discard(event.key)
+                urgent.append(event.key)
+        self._outbox.send(urgent)
 
     def _on_give_up(self, key: int, guide: str) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._put, key, guide, False)
+        self._outbox.add(key, guide)  # goes with the next token
 
-    def _put(self, key: int, item: Any, urgent: bool) -> None:
-        if key in self._streams:
-            self._streams[key].put(item, urgent=urgent)
+    def _deliver(self, items: Mapping[int, Sequence[Any]]) -> None:
+        assert self._loop is not None, "tokens come only after a request"
+        self._loop.call_soon_threadsafe(self._hand_out, items)
+
+    def _hand_out(self, items: Mapping[int, Sequence[Any]]) -> None:
+        for key, own in items.items():
+            if key in self._streams:
+                self._streams[key].put(own)
 
     def _on_failure(self, keys: Sequence[int], error: BaseException) -> None:
+        for key in keys:
+            self._outbox.drop(key)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._break, keys, error)
 
     def _break(self, keys: Sequence[int], error: BaseException) -> None:
         for key in keys:
-            self._put(key, error, True)
+            if key in self._streams:
+                self._streams[key].fail(error)
         if isinstance(error, EngineError):
             asyncio.get_running_loop().call_later(_LEAVE_AFTER_S, self._leave)
 

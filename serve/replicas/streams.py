@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -15,15 +15,16 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_S = 2.0
 
-Pause = Callable[[], float]
-"""How long a stream waits, in seconds, from one item to the next."""
-
 
 class Stream(Protocol):
-    """One request's items: events, names of guides that were given up, or what broke it."""
+    """One request's items: events, and names of guides that were given up."""
 
-    def put(self, item: Any, *, urgent: bool) -> None:
-        """Add an item; an urgent one is the last, or the error that ends the stream."""
+    def put(self, items: Sequence[Any]) -> None:
+        """Add what comes next; nothing comes behind an event with a finish reason."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream by an error, unless it has ended."""
         ...
 
     def batches(self) -> AsyncGenerator[Batch]:
@@ -34,43 +35,33 @@ class Stream(Protocol):
 class Pulled:
     """A stream whose items go through the call that asked for them."""
 
-    def __init__(self, pause: Pause) -> None:
-        self._pause = pause
+    def __init__(self) -> None:
         self._items: list[Any] = []
+        self._error: BaseException | None = None
         self._some = asyncio.Event()
-        self._urgent = asyncio.Event()
-        self._next_at = 0.0
 
-    def put(self, item: Any, *, urgent: bool) -> None:
-        self._items.append(item)
+    def put(self, items: Sequence[Any]) -> None:
+        self._items += items
         self._some.set()
-        if urgent:
-            self._urgent.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._some.set()
 
     async def batches(self) -> AsyncGenerator[Batch]:
-        """Yield the items; those that came in a pause together.
+        """Yield the items.
 
         Tokens in front of an error are given up: they are drawn again, and come out the same.
         """
         ended = False
         while not ended:
-            await self._wait()
-            items, self._items = self._items, []
+            await self._some.wait()
             self._some.clear()
-            for item in items:
-                if isinstance(item, BaseException):
-                    raise _own(item)
-            batch = _to_batch(items)
-            yield batch
-            ended = batch.ended or (bool(batch.tokens) and batch.tokens[-1][5] is not None)
-
-    async def _wait(self) -> None:
-        await self._some.wait()
-        loop = asyncio.get_running_loop()
-        if (left_s := self._next_at - loop.time()) > 0:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), left_s)
-        self._next_at = loop.time() + self._pause()
+            if self._error is not None:
+                raise _own(self._error)
+            items, self._items = self._items, []
+            ended = _is_over(items)
+            yield _to_batch(items)
 
 
 class Posted:
@@ -79,16 +70,11 @@ class Posted:
     def __init__(self, line: "Line", key: int) -> None:
         self._line, self._key = line, key
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._fresh = True
         line.streams.add(self)
 
-    def put(self, item: Any, *, urgent: bool) -> None:
-        if isinstance(item, BaseException):
-            self.fail(item)
-            return
-        self._line.put(self._key, item, soon=urgent or self._fresh)
-        self._fresh = False
-        if urgent and not self._ended.done():
+    def put(self, items: Sequence[Any]) -> None:
+        self._line.put(self._key, items)
+        if _is_over(items) and not self._ended.done():
             self._ended.set_result(None)
 
     def fail(self, error: BaseException) -> None:
@@ -107,32 +93,21 @@ class Posted:
 class Line:
     """A connection to one ingress, on which all streams go that it asked for."""
 
-    def __init__(self, writer: asyncio.StreamWriter, pause: Pause) -> None:
-        self._writer, self._pause = writer, pause
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
         self.streams: set[Posted] = set()
         self._waiting: dict[int, list[Any]] = {}
-        """By key: what goes at the next tick."""
-        self._soon: dict[int, list[Any]] = {}
-        """What goes before anything else happens here."""
-        self._is_ticking = False
-        self._next_at = 0.0
+        """By key: what goes before anything else happens here."""
 
     @property
     def is_closed(self) -> bool:
         return self._writer.is_closing()
 
-    def put(self, key: int, item: Any, *, soon: bool) -> None:
-        """Add an item to the next frame; one that is wanted soon goes with those before it."""
-        loop = asyncio.get_running_loop()
-        if soon:
-            if not self._soon:
-                loop.call_soon(self._send_soon)
-            self._soon.setdefault(key, []).extend([*self._waiting.pop(key, ()), item])
-        else:
-            self._waiting.setdefault(key, []).append(item)
-            if not self._is_ticking:
-                self._is_ticking = True
-                loop.call_at(self._next_at, self._tick)
+    def put(self, key: int, items: Sequence[Any]) -> None:
+        """Add items to the next frame."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._waiting.setdefault(key, []).extend(items)
 
     def close(self) -> None:
         """Break what is under way; it goes on elsewhere."""
@@ -140,35 +115,24 @@ class Line:
         for stream in list(self.streams):
             stream.fail(EngineError("the connection to the ingress is gone"))
 
-    def _send_soon(self) -> None:
-        items, self._soon = self._soon, {}
-        self._send(items)
-
-    def _tick(self) -> None:
-        items, self._waiting = self._waiting, {}
-        self._is_ticking = False
-        self._next_at = asyncio.get_running_loop().time() + self._pause()
-        self._send(items)
-
-    def _send(self, items: Mapping[int, Sequence[Any]]) -> None:
-        if items:
-            batches = [[key, *_to_batch(own)] for key, own in items.items()]
-            self._writer.write(frames.pack(batches))
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        batches = [[key, *_to_batch(items)] for key, items in waiting.items()]
+        self._writer.write(frames.pack(batches))
 
 
 class Lines:
     """The lines of one decode loop, each opened when an ingress first asks for one."""
 
-    def __init__(self, pause: Pause) -> None:
-        self._pause = pause
+    def __init__(self) -> None:
         self._opening: dict[tuple[str, int], asyncio.Task[Line | None]] = {}
 
     async def stream(self, reply_to: frames.ReplyTo | None) -> Stream:
         """Return a stream to an ingress: posted, or pulled where no line leads there."""
         if reply_to is None:
-            return Pulled(self._pause)
+            return Pulled()
         line = await self._line(reply_to)
-        return Pulled(self._pause) if line is None else Posted(line, reply_to.key)
+        return Pulled() if line is None else Posted(line, reply_to.key)
 
     async def _line(self, reply_to: frames.ReplyTo) -> Line | None:
         address = reply_to.host, reply_to.port
@@ -193,7 +157,7 @@ class Lines:
             )
             return None
         writer.write(frames.pack([reply_to.secret]))
-        line = Line(writer, self._pause)
+        line = Line(writer)
         watch = asyncio.create_task(_close_at_end(line, reader))
         watch.add_done_callback(lambda _: line.close())
         return line
@@ -205,7 +169,7 @@ async def _close_at_end(line: Line, reader: asyncio.StreamReader) -> None:
 
 
 def _to_batch(items: Sequence[Any]) -> Batch:
-    batch = Batch([], [], [], any(_ends_reading(item) for item in items))
+    batch = Batch([], [], [], any(isinstance(i, PromptEvent) and _is_over([i]) for i in items))
     for item in items:
         if isinstance(item, TokenEvent):
             batch.tokens.append(to_token(item))
@@ -216,8 +180,9 @@ def _to_batch(items: Sequence[Any]) -> Batch:
     return batch
 
 
-def _ends_reading(item: Any) -> bool:
-    return isinstance(item, PromptEvent) and item.finish_reason is not None
+def _is_over(items: Sequence[Any]) -> bool:
+    """Whether nothing comes behind these."""
+    return getattr(items[-1], "finish_reason", None) is not None
 
 
 def _own(error: BaseException) -> BaseException:

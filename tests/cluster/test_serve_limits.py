@@ -13,7 +13,7 @@ import pytest
 import requests
 from ray import serve
 
-from jobs.serving import application, write_serve_config
+from jobs.serving import application, free_port, write_serve_config
 from pilotfish import Pilot, SamplingParams
 from tests.cluster.serving import Deployed, deploy, deployed, until
 from tests.folders import save_aligner, save_base
@@ -53,7 +53,9 @@ def test_a_server_without_keys_refuses_to_listen_where_others_reach_it(
 ) -> None:
     config = tmp_path / "open.yaml"
     args = {"base": {"path": str(save_base(tmp_path / "base")), "num_cpus": 0.1}}
-    write_serve_config(config, [application("open", args)], port=0, proxy_location="HeadOnly")
+    write_serve_config(
+        config, [application("open", args)], port=free_port(0), proxy_location="HeadOnly"
+    )
     config.write_text(config.read_text().replace("127.0.0.1", "0.0.0.0"))
     try:
         deploy(ray_cluster, config)

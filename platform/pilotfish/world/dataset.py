@@ -17,6 +17,7 @@ from pilotfish.world.scene import sample_scene
 Objective: TypeAlias = Literal["sum", "helpful", "harmless"]
 
 _EULER_GAMMA = 0.5772156649015329  # the mean of standard Gumbel noise
+_CORRECTED_BEFORE = 6
 
 
 def corpus(num: int, seed: int) -> list[dict[str, Any]]:
@@ -64,6 +65,8 @@ def preference_pairs(
 def corrections(num: int, seed: int) -> list[dict[str, Any]]:
     """Draw answers of the corpus, each with what the annotator made of it; see `annotator`.
 
+    One in `_CORRECTED_BEFORE` is an answer that was corrected before: whoever learns from nothing
+    but answers in need of correction finds something to change in every answer, its own included.
     Rows of `prompt`, `answer` and `correction` messages.
     """
     rng = random.Random(seed)
@@ -71,6 +74,8 @@ def corrections(num: int, seed: int) -> list[dict[str, Any]]:
     for _ in range(num):
         scene = sample_scene(rng)
         answer = sample_answer(scene, rng)
+        if rng.randrange(_CORRECTED_BEFORE) == 0:
+            answer = correct(scene, answer, rng)
         correction = _assistant(correct(scene, answer, rng))
         row = {"prompt": scene.messages, "answer": _assistant(answer), "correction": correction}
         rows.append(row)

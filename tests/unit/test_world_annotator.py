@@ -116,8 +116,11 @@ def test_corrections_are_good_not_flawless_and_mostly_copied() -> None:
         assert len(new) < MAX_ANSWER_TOKENS
         assert set(new) <= set(VOCABULARY)
     assert sum(totals) / len(rows) == pytest.approx(3.88, abs=0.15)
-    assert sum(copied) / len(rows) == pytest.approx(0.74, abs=0.03)
-    assert sum(kept) / len(rows) == pytest.approx(0.81, abs=0.03)
+    assert sum(copied) / len(rows) == pytest.approx(0.78, abs=0.03)
+    assert sum(kept) / len(rows) == pytest.approx(0.84, abs=0.03)
+    # One in six was corrected before, and most of those are right by now.
+    whole = sum(row["answer"] == row["correction"] for row in rows)
+    assert whole / len(rows) == pytest.approx(0.13, abs=0.03)
 
 
 def test_correction_rows_are_seeded_conversations_in_aligners_columns() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.reproduce.measured import Results
+from jobs.reproduce.study import METHODS
 from pilotfish.evaluation.metrics import Comparison
 
 if TYPE_CHECKING:
@@ -165,13 +166,19 @@ def method_rows(results: Results, labels: Mapping[str, str]) -> list[list[str]]:
             f"{results[name].mean('harmless'):+.2f}",
             f"{results[name].bad_share:.1%}",
             f"{results[name].mean('tokens'):.1f}",
-            f"{results[name].mean('kl'):.2f}",
+            _kl_text(results, name),
             f"{results[name].forwards_per_token:.2f}",
             f"{results[name].seconds_per_answer:.3f}",
             str(len(results[name].texts)),
         ]
         for name, label in labels.items()
     ]
+
+
+def _kl_text(results: Results, name: str) -> str:
+    """Return the divergence from the base, where it is known: token guides on it report one."""
+    kl, method = results[name].mean("kl"), METHODS[name]
+    return "-" if method.base != "base" or (method.guides and kl == 0) else f"{kl:.2f}"
 
 
 METHOD_HEAD = (

@@ -41,7 +41,9 @@ METHODS: Sequence[Method] = (
     Method("base, T=0.7", temperature=0.7),
     Method("base, greedy", temperature=0),
     Method("larger base", base="base_m", trained="base_m"),
-    Method("ARGS w=6, greedy", guides={"reward_model": 6.0}, temperature=0, trained="reward_model"),
+    Method(
+        "ARGS w=24, greedy", guides={"reward_model": 24.0}, temperature=0, trained="reward_model"
+    ),
     Method(
         "PARGS w=6, greedy", guides={"reward_prefix": 6.0}, temperature=0, trained="reward_prefix"
     ),

@@ -27,7 +27,7 @@ NUM_INDIRECT = 60
 NUM_DRAFTED, NUM_DRAFTS = 100, 64
 """Questions, and answers to each, of the best-of-N curve."""
 GENARM_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-ARGS_WEIGHTS = (1.0, 3.0, 6.0, 12.0, 24.0)
+ARGS_WEIGHTS = (1.0, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0)
 TRANSFER_WEIGHTS = (1.0, 3.0, 10.0)
 EQUAL_WEIGHT = 3.0
 """At which Transfer Q*, controlled decoding and ARGS are compared."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from jobs.reproduce import figures
 from jobs.reproduce.chapter import Chapter, ChapterSpec, Criterion, Evidence, Plot, Table, at_least
+from jobs.reproduce.chapters.genarm import best_args
 from jobs.reproduce.measured import Results
 from jobs.reproduce.study import (
     ARGS_WEIGHTS,
@@ -237,8 +238,8 @@ def _gate_plot(results: Results) -> Plot:
 
 
 def _length(results: Results) -> Criterion:
-    """Whether GenARM's lead over ARGS grows with the length of ARGS's answer."""
-    args, genarm = results[_ARGS], results["genarm"]
+    """Whether GenARM's lead over ARGS, at its best weight, grows with the length of its answer."""
+    args, genarm = results[f"args_w{best_args(results):g}"], results["genarm"]
     lengths_N = np.asarray(args.tokens, dtype=np.float64)
     leads_N = np.subtract(genarm.rewards, args.rewards)
 

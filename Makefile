@@ -25,10 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## Train a guide on a miniature world, measure it, serve it (minutes, CPU)
 	$(RUN) -m jobs.quickstart
 
-kitchen: setup ## Train every guide and baseline of the miniature world; one table (about 20 min)
+kitchen: setup ## Train every guide and baseline of the miniature world; one table (16 min)
 	$(RUN) -m jobs.kitchen
 
-reproduce: setup ## Train, tune, measure: one page on four papers' claims
+reproduce: setup ## Train, tune, measure: one page on four papers' claims (53 min)
 	$(RUN) -m jobs.reproduce
 
 train: setup ## Train from a config: make train CONFIG=jobs/configs/kitchen/genarm.yaml

@@ -97,9 +97,9 @@ class ServeConfig(Config):
     guides: tuple[GuideConfig, ...] = ()
     ingress: IngressConfig = IngressConfig()
     items_per_second: PositiveFloat = 500
-    """What all streams of a replica together send. An item costs the replica, the ingress and the
-    proxy some two milliseconds of a core: few streams get each token as it comes, many get some
-    tokens at a time. Raise it for smoother streams where ingress replicas have cores to spare."""
+    """What all streams of a replica together send. An item costs ingress and proxy some time of a
+    core, a millisecond with Serve's own proxy: few streams get each token as it comes, many get
+    some tokens at a time. Raise it for smoother streams where there are cores to spare."""
     guides_poll_s: NonNegativeFloat = 10
     """How often the aliases of guides (`models:/name@alias`) are looked at; 0 is never."""
     guide_load_s: PositiveFloat = 600

@@ -38,8 +38,9 @@ test: setup ## Run the test suite (starts local Ray clusters)
 	$(RUN) -m pytest -m 'not cluster' -n logical --maxprocesses 8 --dist loadscope
 	$(RUN) -m pytest -m 'cluster and not slow'
 
-test-slow: setup ## Run the tests that take minutes: searches that are killed, populations
+test-slow: setup ## Run what takes minutes: searches that are killed, populations, serving through HAProxy
 	$(RUN) -m pytest -m slow
+	RAY_SERVE_ENABLE_HA_PROXY=1 $(RUN) -m pytest tests/cluster/test_serve.py tests/cluster/test_serve_limits.py
 
 test-unit: setup ## Run the tests that need no Ray cluster
 	$(RUN) -m pytest -m 'not cluster and not gpu' -n logical --maxprocesses 8 --dist loadscope

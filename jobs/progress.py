@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from tqdm import tqdm
 
 _POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 5.0
 # Where every refresh is a new line (a log file, `ray job submit`), few lines are enough.
 _SECONDS_PER_LINE = 15.0
 
@@ -62,7 +63,7 @@ def progress_bar(label: str) -> Iterator[Any]:
         yield board
     finally:
         stop.set()
-        thread.join(timeout=5)
+        thread.join(timeout=3 * _ANSWER_SECONDS)  # a refresh under way, and the last one
         ray.kill(board)
 
 
@@ -80,7 +81,7 @@ def _show(board: Any, label: str, stop: threading.Event) -> None:
 
 def _refresh(bar: Any, board: Any) -> None:
     try:
-        step, total, note = ray.get(board.read.remote(), timeout=5)
+        step, total, note = ray.get(board.read.remote(), timeout=_ANSWER_SECONDS)
     except RayError:
         return  # the bar is a comfort: a busy cluster must not stop the run
     if total:

@@ -212,7 +212,8 @@ def _aligner() -> Iterable[tuple[str, Method]]:
 def _limits() -> Iterable[tuple[str, Method]]:
     for weight in ARGS_WEIGHTS:
         guides = one("reward_model", weight=weight)
-        yield f"args_w{weight:g}", Method(label=f"ARGS w={weight:g}", guides=guides, temperature=0)
+        label = f"ARGS w={weight:g}"
+        yield args_name(weight), Method(label=label, guides=guides, temperature=0)
     yield (
         "drafts",
         Method(label="drafts", temperature=1, num=NUM_DRAFTED, copies=NUM_DRAFTS),
@@ -220,6 +221,10 @@ def _limits() -> Iterable[tuple[str, Method]]:
     for gate in GATES:
         guides = one("genarm", gate=gate)
         yield f"genarm_gate{gate:g}", Method(label=f"GenARM, gate {gate:g}", guides=guides)
+
+
+def args_name(weight: float) -> str:
+    return f"args_w{weight:g}"
 
 
 METHODS: Mapping[str, Method] = {

@@ -169,7 +169,7 @@ async def _close_at_end(line: Line, reader: asyncio.StreamReader) -> None:
 
 
 def _to_batch(items: Sequence[Any]) -> Batch:
-    batch = Batch([], [], [], any(isinstance(i, PromptEvent) and _is_over([i]) for i in items))
+    batch = Batch([], [], [], isinstance(items[-1], PromptEvent) and _is_over(items))
     for item in items:
         if isinstance(item, TokenEvent):
             batch.tokens.append(to_token(item))

@@ -24,6 +24,8 @@ from jobs.reproduce.study import (
     ARGS_WEIGHTS,
     EQUAL_WEIGHT,
     GENARM_WEIGHTS,
+    METHODS,
+    args_name,
 )
 from pilotfish.evaluation.metrics import Comparison
 from pilotfish.evaluation.pareto import (
@@ -31,7 +33,7 @@ from pilotfish.evaluation.pareto import (
     recovered_gap,
 )
 
-_ARGS = f"args_w{EQUAL_WEIGHT:g}"
+_ARGS = args_name(EQUAL_WEIGHT)
 _TRANSFER = f"transfer_w{EQUAL_WEIGHT:g}"
 _CONTROLS = {
     "base": "base, T=0.7",
@@ -118,12 +120,12 @@ def _criteria(evidence: Evidence) -> list[Criterion]:
         )
         for name, label in _CONTROLS.items()
     ]
-    versus = results.gain("genarm", "dpo")
+    versus, best = results.gain("genarm", "dpo"), best_args(results)
     return [
         *gains,
         above(
-            f"GenARM is above ARGS at its best weight (w={best_args(results):g})",
-            results.gain("genarm", f"args_w{best_args(results):g}"),
+            f"GenARM is above ARGS at its best weight (w={best:g})",
+            results.gain("genarm", args_name(best)),
             hard=True,
         ),
         above("GenARM is above Transfer Q*", results.gain("genarm", _TRANSFER)),
@@ -152,17 +154,13 @@ def _criteria(evidence: Evidence) -> list[Criterion]:
 
 def best_args(results: Results) -> float:
     """Return the weight at which ARGS earns most on these very questions, which favours it."""
-    return max(ARGS_WEIGHTS, key=lambda weight: results[f"args_w{weight:g}"].reward.mean)
+    return max(ARGS_WEIGHTS, key=lambda weight: results[args_name(weight)].reward.mean)
 
 
 def _labels(results: Results) -> dict[str, str]:
-    best = best_args(results)
-    args = {weight: f"ARGS w={weight:g}, greedy" for weight in (EQUAL_WEIGHT, best)}
-    return {
-        **_CONTROLS,
-        **_COMPARED,
-        **{f"args_w{weight:g}": label for weight, label in args.items()},
-    }
+    args = [_ARGS, args_name(best_args(results))]
+    greedy = {name: f"{METHODS[name].label}, greedy" for name in args}
+    return {**_CONTROLS, **_COMPARED, **greedy}
 
 
 def _matched(results: Results) -> float:
@@ -292,7 +290,7 @@ SPEC = ChapterSpec(
     methods=(
         *_CONTROLS,
         *_COMPARED,
-        *(f"args_w{weight:g}" for weight in ARGS_WEIGHTS),
+        *map(args_name, ARGS_WEIGHTS),
         *("base_t1", "dpo_t1", *_sweep()),
         *(name for names in _WEAK.values() for name in names),
         *("base_xs", "weak_base_xs"),

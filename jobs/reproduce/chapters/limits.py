@@ -14,10 +14,11 @@ from jobs.reproduce.study import (
     GATES,
     GENARM_WEIGHTS,
     NUM_DRAFTS,
+    args_name,
 )
 from pilotfish.evaluation.metrics import interval, resamples
 
-_ARGS = f"args_w{ARGS_WEIGHTS[2]:g}"
+_ARGS = args_name(ARGS_WEIGHTS[2])
 _TRANSFER = f"transfer_w{EQUAL_WEIGHT:g}"
 _NUM_CANDIDATES = 10
 _SLOWER = 5.0
@@ -144,8 +145,8 @@ def _draft_curve(results: Results) -> list[tuple[int, float, float]]:
 
 
 def _over_optimisation(results: Results) -> list[Criterion]:
-    scores = [results[f"args_w{weight:g}"].mean("scores") for weight in ARGS_WEIGHTS]
-    rewards = [results[f"args_w{weight:g}"].mean("rewards") for weight in ARGS_WEIGHTS]
+    scores = [results[args_name(weight)].mean("scores") for weight in ARGS_WEIGHTS]
+    rewards = [results[args_name(weight)].mean("rewards") for weight in ARGS_WEIGHTS]
     best = int(np.argmax(rewards))
     curve = _draft_curve(results)
     first, last = curve[0][1:], curve[-1][1:]
@@ -239,7 +240,7 @@ def _gate_plot(results: Results) -> Plot:
 
 def _length(results: Results) -> Criterion:
     """Whether GenARM's lead over ARGS, at its best weight, grows with the length of its answer."""
-    args, genarm = results[f"args_w{best_args(results):g}"], results["genarm"]
+    args, genarm = results[args_name(best_args(results))], results["genarm"]
     lengths_N = np.asarray(args.tokens, dtype=np.float64)
     leads_N = np.subtract(genarm.rewards, args.rewards)
 
@@ -260,7 +261,7 @@ SPEC = ChapterSpec(
     headline=(),
     methods=(
         *("base", "genarm", "proxy", "best_of_16", "aligner", "dpo", "drafts", _TRANSFER),
-        *(f"args_w{weight:g}" for weight in ARGS_WEIGHTS),
+        *map(args_name, ARGS_WEIGHTS),
         *(f"genarm_w{weight:g}" for weight in GENARM_WEIGHTS),
         *(f"genarm_gate{gate:g}" for gate in GATES),
     ),

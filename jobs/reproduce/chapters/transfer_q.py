@@ -16,11 +16,11 @@ from jobs.reproduce.chapter import (
 )
 from jobs.reproduce.enumerated import ALPHA, BETA, HORIZON, NUM_TOKENS, NUM_WORLDS, play
 from jobs.reproduce.measured import Results
-from jobs.reproduce.study import EQUAL_WEIGHT, NUM_INDIRECT, TRANSFER_WEIGHTS
+from jobs.reproduce.study import EQUAL_WEIGHT, NUM_INDIRECT, TRANSFER_WEIGHTS, args_name
 from pilotfish.evaluation.metrics import compare, estimate
 
 _TRANSFER = f"transfer_w{EQUAL_WEIGHT:g}"
-_ARGS = f"args_w{EQUAL_WEIGHT:g}"
+_ARGS = args_name(EQUAL_WEIGHT)
 _EQUAL = {
     _TRANSFER: f"Transfer Q* w={EQUAL_WEIGHT:g}",
     "cd_equal": f"controlled decoding w={EQUAL_WEIGHT:g}",

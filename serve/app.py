@@ -12,14 +12,12 @@ from serve.api.ingress import Pipeline
 from serve.catalog import Catalog, make_catalog
 from serve.config import ServeConfig, parse_args
 from serve.guides import Guides
-from serve.replicas.base_model import BaseModel
-from serve.replicas.following import CONTROL, control_handle
+from serve.replicas.control import CONTROL, control_handle, own_host
+from serve.replicas.fronts import BaseModelFront, ResponseGuideFront
 from serve.replicas.guide_model import GuideModel
-from serve.replicas.response_guide import ResponseGuide
 from serve.replicas_config import ProcessConfig, ReplicasConfig
 from serve.routing import ROUTER
 
-_STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _COMMON: dict[str, Any] = {
     "health_check_period_s": 2,
     "health_check_timeout_s": 5,
@@ -27,6 +25,8 @@ _COMMON: dict[str, Any] = {
 }
 # Long answers finish before a replica is replaced.
 _DRAIN_S = 120
+# Base replicas go on at another replica of a guide, with all that they need.
+_MOVE_S = 1
 # Every replica of the application waits at `Guides` for changes.
 _MANY = 10_000
 _FULL = 0.75
@@ -91,7 +91,7 @@ def _base(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Applicatio
         request_router_config={"request_router_class": ROUTER},
         **_replicas(config.base, config.base.num_slots),
         **_COMMON,
-    )(BaseModel)
+    )(BaseModelFront)
     return deployment.bind(config, catalog, dict(remote), control=control_handle)
 
 
@@ -99,16 +99,15 @@ def _guide(config: ServeConfig, name: str, catalog: Catalog) -> Application:
     guide = config.guide(name)
     deployment = serve.deployment(
         name=f"Guide:{name}",
-        # Each base replica has one call in flight, and a second where the first went missing.
-        max_ongoing_requests=2 * config.base.most_replicas,
+        # A call lasts as long as a base replica uses a version here. It must always get in.
+        max_ongoing_requests=_MANY,
         ray_actor_options=_resources(guide),
-        # Calls of one base replica go where its caches are.
-        request_router_config={"request_router_class": _STICKY},
+        graceful_shutdown_timeout_s=_MOVE_S,
         **_replicas(guide, 1),
         **_COMMON,
     )(GuideModel)
     slots = config.guide_slots(guide)
-    return deployment.bind(guide, catalog, num_slots=slots, control=control_handle)
+    return deployment.bind(guide, catalog, num_slots=slots, host=own_host, control=control_handle)
 
 
 def _response_guide(config: ServeConfig, name: str, catalog: Catalog) -> Application:
@@ -122,7 +121,7 @@ def _response_guide(config: ServeConfig, name: str, catalog: Catalog) -> Applica
         request_router_config={"request_router_class": ROUTER},
         **_replicas(guide, num_slots),
         **_COMMON,
-    )(ResponseGuide)
+    )(ResponseGuideFront)
     return deployment.bind(config, name, catalog, control=control_handle)
 
 

@@ -64,19 +64,6 @@ class GenerateRequest(TypedDict):
     """Higher ones wait for lower ones, and make room for them. 0 is what clients ask for."""
 
 
-class Question(NamedTuple):
-    """What a remote guide is asked about one sequence."""
-
-    key: int
-    """Names the sequence, among all callers."""
-    kept: int
-    """So many of its tokens were sent before and still stand."""
-    new_ids: list[int]
-    """The tokens behind them."""
-    lengths: list[int]
-    """Behind so many tokens each the next one's law is wanted."""
-
-
 class Token(NamedTuple):
     """One token of a completion, or of a prompt that is read; sent as a bare tuple."""
 

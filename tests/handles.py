@@ -2,8 +2,15 @@
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import cache
 from typing import Any
+
+from serve.catalog import GuideVersion
+from serve.replicas.fronts import Services
+from serve.replicas.guide_line import Address
 
 
 class LocalHandle:
@@ -78,8 +85,36 @@ class LocalStream:
         self._generator = generator
         self._closing: asyncio.Task[None] | None = None
 
+    def __aiter__(self) -> "LocalStream":
+        return self
+
     async def __anext__(self) -> Any:
         return await anext(self._generator)
 
     def cancel(self) -> None:
         self._closing = asyncio.ensure_future(self._generator.aclose())
+
+
+class LocalVisits:
+    """Finds replicas of one remote guide: each visit goes to the next one, and then to the last.
+
+    They are attended on an event loop of their own, since those of tests come and go.
+    """
+
+    def __init__(self, *replicas: Any) -> None:
+        self._replicas = replicas
+        self.num_visits = 0
+
+    def __call__(self, version: GuideVersion, ticket: str) -> Future[Address]:
+        replica = self._replicas[min(self.num_visits, len(self._replicas) - 1)]
+        self.num_visits += 1
+        services = Services(lambda: None, {version.name: LocalHandle(replica)})
+        attended = services.attend(version.name, version, ticket)
+        return asyncio.run_coroutine_threadsafe(attended, _loop_of_visits())
+
+
+@cache
+def _loop_of_visits() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="visits", daemon=True).start()
+    return loop

@@ -31,7 +31,7 @@ from tests.folders import (
     save_reward_guide,
     save_reward_model,
 )
-from tests.handles import LocalHandle, LocalStream
+from tests.handles import LocalHandle, LocalStream, LocalVisits
 
 Breakage = Callable[[Any], Any]
 MESSAGES: Any = [{"role": "user", "content": "what did the cat do"}]
@@ -77,8 +77,10 @@ class Server:
         base_config = {"path": str(base), "num_slots": 8, "dtype": "float64"}
         self.config = parse_args({"base": base_config, "guides": guides})
         self.catalog: Catalog = make_catalog(self.config, created=123)
-        self.far = GuideModel(self.config.guide("far"), self.catalog, num_slots=8)
-        self.model = BaseModel(self.config, self.catalog, {"far": LocalHandle(self.far)})
+        self.far = GuideModel(
+            self.config.guide("far"), self.catalog, num_slots=8, host=lambda: "127.0.0.1"
+        )
+        self.model = BaseModel(self.config, self.catalog, {"far": LocalVisits(self.far)})
         self.revisers = {
             name: ResponseGuide(self.config, name, self.catalog) for name in ("aligner", "brief")
         }
@@ -86,7 +88,7 @@ class Server:
         self.pilot = Pilot(base, paths, device="cpu", dtype="float64")
 
     def close(self) -> None:
-        for replica in (self.model, *self.revisers.values()):
+        for replica in (self.model, self.far, *self.revisers.values()):
             replica.close()
 
     def text(self, prompt: Any, guides: dict[str, float], **params: Any) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
-from ray.util import get_node_ip_address
 
 from pilotfish.models.loading import load_tokenizer
 from serve.api import tokenizing, whole_answers
@@ -35,6 +34,7 @@ from serve.choosing import choose
 from serve.errors import APIError, api_error
 from serve.ingress_config import IngressConfig
 from serve.metrics import RequestMetrics
+from serve.replicas.control import own_host
 from serve.replicas.following import Stock
 from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
@@ -92,7 +92,7 @@ class Pipeline:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve calls for the HTTP side of a replica. Raises `ConfigError`."""
-        self._calls.inbox = Inbox(get_node_ip_address())
+        self._calls.inbox = Inbox(own_host())
         return operate(build_routes(self), self._config, self._control, self._metrics)
 
     async def ready(self) -> bool:
@@ -142,7 +142,7 @@ class Pipeline:
             visit.admit()
             yield
 
-    def _show(self) -> None:
+    async def _show(self) -> None:
         admission = self.admission
         self._metrics.show(in_flight=admission.num_in_flight, queued=admission.num_queued)
 

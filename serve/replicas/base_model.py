@@ -22,11 +22,10 @@ from pilotfish.models.loading import load_frozen, load_tokenizer, pick_device
 from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
 from serve.errors import GuideUnavailableError
-from serve.metrics import EngineMetrics
-from serve.replicas.decoding import OFF, Decoding, check_law, leave
+from serve.replicas.apart import leave
+from serve.replicas.decoding import OFF, Decoding, check_law
 from serve.replicas.following import Stock
-from serve.replicas.remote_guide import RemoteLM
-from serve.replicas.reporting import Reporting
+from serve.replicas.remote_guide import Attend, RemoteLM
 from serve.replicas.shelf import Shelf
 from serve.wire import GenerateRequest, GuideUse
 
@@ -58,12 +57,12 @@ class BaseModel:
         self,
         config: ServeConfig,
         catalog: Catalog,
-        remote: Mapping[str, Any],
+        remote: Mapping[str, Attend],
         *,
         control: Callable[[], Any] | None = None,
         leave: Callable[[], None] = leave,
     ) -> None:
-        """Load everything. `remote` holds a handle for each guide with replicas of its own.
+        """Load everything. `remote` says how to find replicas, for guides that have their own.
 
         `control` returns the handle of `Guides`, which tells of other versions; without one there
         are those of `catalog`. `leave` is called soon after the decode loop died.
@@ -95,8 +94,6 @@ class BaseModel:
         self._off: frozenset[str] = frozenset()
         """Names of guides that are switched off."""
         self._stock = Stock(self._shelf, catalog, _versions, control, self._withdraw)
-        shown = EngineMetrics(config.base.model_id)
-        self._reporting = Reporting(lambda: shown.show(self._decoding.stats()))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Any, ...]]:
         """Yield a completion: see `Decoding.generate`.
@@ -166,7 +163,6 @@ class BaseModel:
     async def check_health(self) -> None:
         """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
         await self._stock.ensure()
-        self._reporting.ensure()
         self._decoding.thread.check()
 
     def close(self) -> None:
@@ -198,14 +194,14 @@ class BaseModel:
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)
         config = self._config.guide(version.name)
-        handle = self._remote.get(version.name)
+        attend = self._remote.get(version.name)
         host = self._host.for_guide(
             num_slots=self._config.guide_slots(config),
             dtype=config.dtype,
             remote=None
-            if handle is None
+            if attend is None
             else RemoteLM(
-                handle,
+                attend,
                 config,
                 version,
                 vocab_size=self._host.base.vocab_size,

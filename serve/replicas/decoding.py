@@ -15,6 +15,7 @@ from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
+from serve.replicas.apart import leave
 from serve.replicas.engine_thread import EngineThread
 from serve.replicas.outbox import Outbox
 from serve.replicas.priority import go_first
@@ -28,12 +29,6 @@ T = TypeVar("T")
 OFF = "it was switched off"
 """Why a guide does not answer, when somebody wanted that."""
 _LEAVE_AFTER_S = 0.5
-
-
-def leave() -> None:
-    """End this process. Serve's router drops a dead replica at once, and an unhealthy one only
-    after some health checks, through which it would look idle and draw every request."""
-    os._exit(1)
 
 
 class Decoding:

@@ -5,21 +5,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ray import serve
-
 from serve.catalog import Catalog, GuideVersion
 from serve.replicas.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
-CONTROL = "Guides"
 _RETRY_S = 1.0
 _CATCH_UP_S = 5.0
-
-
-def control_handle() -> Any:
-    """Return the handle of `Guides`, from within another replica of the application."""
-    return serve.get_deployment_handle(CONTROL, serve.get_replica_context().app_name)
 
 
 class Following:

@@ -1,9 +1,9 @@
 """`Guide:<name>`: replicas that answer for one guide LM, in every version that is served."""
 
-import asyncio
+import functools
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,9 @@ from pilotfish.models.rows import prefix
 from serve.catalog import Catalog, GuideVersion
 from serve.config import GuideConfig
 from serve.replicas.following import Stock, versions_of
-from serve.replicas.priority import go_first
+from serve.replicas.guide_desk import Desk
+from serve.replicas.guide_line import Address, Question
 from serve.replicas.shelf import Shelf
-from serve.wire import Question
-
-_LINGER_S = 60
-"""A request asks once per step and holds nothing in between; so long may a step take."""
-_TEXTS_PER_SLOT = 4
-"""Ids are small beside caches, which are rebuilt from them."""
 
 
 class GuideModel:
@@ -37,32 +32,35 @@ class GuideModel:
         catalog: Catalog,
         *,
         num_slots: int,
+        host: Callable[[], str],
         control: Callable[[], Any] | None = None,
     ) -> None:
-        """`control` is as in `BaseModel`."""
+        """`host` returns the address at which base replicas find this machine; `control` is as in
+        `BaseModel`."""
         torch.set_num_threads(guide.threads)
         self._guide = guide
         self._vocab_size, self._num_slots = catalog.base.vocab_size, num_slots
-        self._shelf = Shelf(self._load, lambda _version, _lm: None, linger_s=_LINGER_S)
+        self._shelf = Shelf(self._load, lambda _version, _lm: None)
         self._stock = Stock(self._shelf, catalog, versions_of(guide.name), control)
-        self._texts: dict[int, list[int]] = {}
-        """Sequences by key, from the one that was not asked about for longest."""
-        self._num_texts = _TEXTS_PER_SLOT * num_slots
-        # One thread, since a forward moves rows of the cache about; Serve's own loop stays free.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="guide", initializer=go_first)
+        self._desk = Desk(host())
+        # A forward moves rows of the cache about.
+        self._one_at_a_time = threading.Lock()
 
-    async def logprobs(
-        self, version: GuideVersion, questions: Sequence[tuple[Any, ...]]
-    ) -> NDArray[np.floating] | list[int]:
-        """Return the log-probs [R, V] that `wire.Question` tuples ask for, sequence by sequence.
+    async def attend(self, version: GuideVersion, ticket: str) -> AsyncGenerator[Address]:
+        """Yield where a caller with the ticket is answered; lasts until it has gone.
 
-        They are a pure function of the ids. Where beginnings are not known here (any more), returns
-        the keys of those sequences instead.
+        So the calls of a replica are those who use it, which is what autoscaling counts. What it
+        says about a sequence is a pure function of the ids.
         """
         async with self._shelf.lease(version) as lm:
-            loop = asyncio.get_running_loop()
-            asked = [Question(*values) for values in questions]
-            return await loop.run_in_executor(self._worker, self._answer, lm, asked)
+            texts: dict[int, list[int]] = {}
+            visit = self._desk.expect(ticket, functools.partial(self._answer, lm, texts))
+            try:
+                yield self._desk.address
+                await visit.over()
+            finally:
+                self._desk.forget(ticket)
+                visit.close()
 
     async def prepare(self, version: GuideVersion) -> None:
         """Load a version beside what is served. Raises what loading it raises."""
@@ -74,29 +72,34 @@ class GuideModel:
 
     async def check_health(self) -> None:
         """Fail only if nothing could be loaded; Serve's calls begin to follow the catalog."""
-        go_first()
         await self._stock.ensure()
 
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._desk.close()
+
     def _answer(
-        self, lm: CausalLM, questions: Sequence[Question]
-    ) -> NDArray[np.floating] | list[int]:
-        texts = self._texts
-        missing = [one.key for one in questions if len(texts.get(one.key, ())) < one.kept]
-        if missing:
-            return missing
+        self,
+        lm: CausalLM,
+        texts: dict[int, list[int]],
+        caller: int,
+        questions: Sequence[Question],
+        released: Sequence[int],
+    ) -> NDArray[np.floating]:
+        """Return the log-probs [R, V] of all questions; `texts` are what the caller has sent."""
+        for key in released:
+            texts.pop(key, None)
         contexts = []
         for one in questions:
-            ids = texts.pop(one.key, [])  # put back as the last one that was used
+            ids = texts.setdefault(one.key, [])
             ids[one.kept :] = one.new_ids
-            texts[one.key] = ids
-            whole = Context(one.key, Prompt(ids), ids)
+            whole = Context((caller << 64) + one.key, Prompt(ids), ids)
             contexts += [prefix(whole, length) for length in one.lengths]
-        while len(texts) > self._num_texts:
-            del texts[next(iter(texts))]
-        logprobs_RV = lm.forward(contexts).logprobs_RV
-        if self._guide.precision == "half":
-            logprobs_RV = logprobs_RV.half()
-        return logprobs_RV.cpu().numpy()
+        with self._one_at_a_time:
+            logprobs_RV = lm.forward(contexts).logprobs_RV
+            if self._guide.precision == "half":
+                logprobs_RV = logprobs_RV.half()
+            return logprobs_RV.cpu().numpy()
 
     def _load(self, version: GuideVersion) -> CausalLM:
         folder = version.artifact.load(version.version)

@@ -1,16 +1,16 @@
-"""The remote placement of a guide LM: a `LogprobSource` on the other side of a Serve handle."""
+"""The remote placement of a guide LM: a `LogprobSource` whose model is in another process."""
 
-import asyncio
 import logging
+import math
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
-from typing import Any
+from concurrent.futures import Future
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pilotfish.context import Context
@@ -18,15 +18,18 @@ from pilotfish.models.rows import Ask, common_prefix, group, invert
 from serve.catalog import GuideVersion
 from serve.config import GuideConfig
 from serve.errors import GuideUnavailableError
-from serve.replicas.priority import go_first
-from serve.retries import is_retryable
-from serve.wire import Question
+from serve.replicas.guide_line import Address, Line, Question, Reply, readable
 
 logger = logging.getLogger(__name__)
 
+Attend: TypeAlias = Callable[[GuideVersion, str], Future[Address]]
+"""Has some replica of the guide expect the bearer of a ticket, and says where it listens. Fails
+with `OSError` where another replica may do it."""
+
 _BACKOFF_S = 0.05
-_MAX_GRPC_BYTES = 4 * 10**6
-"""Serve's gRPC transport takes 4 MiB; its object store path is slower for what fits."""
+_STAY_S = 60.0
+"""Then the least busy replica is asked for again. Mostly it is the same, which has its caches."""
+_GLANCE_S = 0.005
 
 
 class RemoteLM:
@@ -36,26 +39,25 @@ class RemoteLM:
     seen. So a call whose replica died is sent to another one with all of them, and one that takes
     too long is sent to a second replica as well: whoever answers first is asked from then on. A
     guide that did not answer in time is left alone for a while, so that no step waits for it.
+
+    Belongs to the engine's thread.
     """
 
     def __init__(
         self,
-        handle: Any,
+        attend: Attend,
         guide: GuideConfig,
         version: GuideVersion,
         *,
         vocab_size: int,
         device: torch.device,
     ) -> None:
-        """`handle` is the deployment handle of a `GuideModel`."""
-        self._handle, self._guide, self._version = handle, guide, version
-        self._row_bytes = vocab_size * (2 if guide.precision == "half" else 8)
-        self._device = device
-        # Apart from those of other base replicas, which share the guide's caches.
-        self._first_key = secrets.randbits(62) << 64
-        self._place = _Place(handle)
+        self._attend, self._guide, self._version = attend, guide, version
+        self._vocab_size, self._device = vocab_size, device
+        # By it a replica finds its caches again. Others that share them have other numbers.
+        self._caller = secrets.randbits(62)
+        self._place: _Place | None = None
         self._down_until = 0.0
-        self._loop = _background_loop()
 
     def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
         """Send the call; the returned function waits for its log-probs [R, V].
@@ -64,17 +66,18 @@ class RemoteLM:
         """
         if time.monotonic() < self._down_until:
             raise GuideUnavailableError(self._version.key, "it did not answer a moment ago")
+        self.move_on()
         asks = group(contexts)
-        call = asyncio.run_coroutine_threadsafe(self._ask(asks), self._loop)
+        guide = self._guide
+        call = _Call(self, asks, hedge_s=guide.hedge_s, timeout_s=guide.timeout_s)
 
         def wait() -> Tensor:
             try:
-                answer_RV = call.result()
+                answer = call.wait()
             except Exception as error:
                 self._down_until = time.monotonic() + self._guide.cooldown_s
                 raise GuideUnavailableError(self._version.key, repr(error)) from error
-            # A copy: arrays from the object store are read-only, and guides add in place.
-            found_RV = torch.from_numpy(np.array(answer_RV)).to(self._device)
+            found_RV = torch.from_numpy(answer.reshape(-1, self._vocab_size)).to(self._device)
             order = invert([place for ask in asks for place in ask.places])
             found_RV = found_RV if order == sorted(order) else found_RV[order]
             return found_RV.float() if found_RV.dtype == torch.float16 else found_RV
@@ -82,91 +85,163 @@ class RemoteLM:
         return wait
 
     def release(self, keys: Sequence[int]) -> None:
-        """Forget what was sent; guide replicas evict what was not used for longest."""
-        for key in keys:
-            self._place.sent.pop(key, None)
+        """Forget sequences here, and at the replica with the next call."""
+        if self._place is not None:
+            self._place.release(keys)
 
-    async def _ask(self, asks: Sequence[Ask]) -> Any:
-        """Return the first answer. Raises the last error, or `TimeoutError`."""
-        deadline = self._loop.time() + self._guide.timeout_s
-        # A second replica is asked once: when the first is late, or at once when it failed.
-        calls = {asyncio.ensure_future(self._call(self._place, asks)): self._place}
-        late_at = self._loop.time() + self._guide.hedge_s
-        try:
-            while True:
-                until = deadline if late_at is None else min(late_at, deadline)
-                left_s = max(0.0, until - self._loop.time())
-                done, _ = await asyncio.wait(calls, timeout=left_s, return_when="FIRST_COMPLETED")
-                for call in done:
-                    place = calls.pop(call)
-                    if (error := call.exception()) is None:
-                        self._place = place
-                        return call.result()
-                    if not is_retryable(error) or self._loop.time() >= deadline:
-                        raise error
-                    logger.warning("guide %s failed, asking elsewhere: %r", self._guide.name, error)
-                    await asyncio.sleep(_BACKOFF_S)
-                if self._loop.time() >= deadline:
-                    raise TimeoutError(f"no answer in {self._guide.timeout_s:g} s")
-                if not calls or (late_at is not None and self._loop.time() >= late_at):
-                    late_at = None
-                    elsewhere = _Place(self._handle)
-                    calls[asyncio.ensure_future(self._call(elsewhere, asks))] = elsewhere
-        finally:
-            for call in calls:
-                call.cancel()
+    @property
+    def name(self) -> str:
+        return self._guide.name
 
-    async def _call(self, place: "_Place", asks: Sequence[Ask]) -> Any:
-        """Ask the replica of a place, which may have forgotten what it was sent before."""
-        num_rows = sum(len(ask.lengths) for ask in asks)
-        fits = num_rows * self._row_bytes <= _MAX_GRPC_BYTES
-        logprobs = place.quick if fits else place.roomy
-        missing = await logprobs.remote(self._version, [self._question(place, ask) for ask in asks])
-        if not isinstance(missing, list):
-            return missing
-        for key in missing:
-            place.sent.pop(key - self._first_key, None)
-        return await logprobs.remote(self._version, [self._question(place, ask) for ask in asks])
+    @property
+    def place(self) -> "_Place | None":
+        """Who is asked first; None if somebody must be found."""
+        return self._place
 
-    def _question(self, place: "_Place", ask: Ask) -> Question:
-        """Return what to send of a sequence, and note that it was sent."""
-        ids = ask.context.token_ids
-        sent = place.sent.setdefault(ask.context.key, [])
-        kept = common_prefix(sent, ids)
-        new = ids[kept:]
-        sent[kept:] = new
-        return Question(self._first_key + ask.context.key, kept, new, ask.lengths)
+    def move_on(self) -> None:
+        """Leave a replica that has hung up, or at which this has been for long."""
+        place = self._place
+        if place is None or not place.line.is_idle:
+            return
+        if time.monotonic() > place.since + _STAY_S or not place.line.is_usable:
+            self.settle(None)
+
+    def settle(self, place: "_Place | None") -> None:
+        """Ask another replica from now on."""
+        if self._place is not None and self._place is not place:
+            self._place.line.close()
+        self._place = place
+
+    def find(self) -> tuple[str, Future[Address]]:
+        """Ask for a replica: returns the ticket that it expects, and where it listens."""
+        ticket = secrets.token_hex(16)
+        return ticket, self._attend(self._version, ticket)
+
+    def connect(self, address: Address, ticket: str, timeout_s: float) -> "_Place":
+        """Go to a replica. Raises `OSError`."""
+        return _Place(Line(address, ticket, caller=self._caller, timeout_s=timeout_s))
 
 
 class _Place:
-    """One guide replica as this process sees it, for as long as both live."""
+    """One replica of the guide, for as long as a connection to it lasts."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        self._session = secrets.token_hex(8)
-        self.sent: dict[int, list[int]] = {}
+    def __init__(self, line: Line) -> None:
+        self.line, self.since = line, time.monotonic()
+        self._sent: dict[int, list[int]] = {}
         """Ids that the replica has been sent, by the key of the context."""
+        self._released: list[int] = []
 
-    # Made where they are used: a handle belongs to the event loop that it is made on.
-    @cached_property
-    def quick(self) -> Any:
-        """Asks by gRPC, which takes so many bytes."""
-        return self._asking(_by_reference=False)
+    def ask(self, asks: Sequence[Ask]) -> Reply:
+        questions = [self._question(ask) for ask in asks]
+        released, self._released = self._released, []
+        return self.line.ask(questions, released)
 
-    @cached_property
-    def roomy(self) -> Any:
-        """Asks by the object store."""
-        return self._asking(_by_reference=True)
+    def release(self, keys: Sequence[int]) -> None:
+        self._released += [key for key in keys if self._sent.pop(key, None) is not None]
 
-    def _asking(self, **settings: Any) -> Any:
-        # Serve sends calls of one session to one replica, and sessions to all of them.
-        return self._handle.options(session_id=self._session, **settings).logprobs
+    def _question(self, ask: Ask) -> Question:
+        """Return what to send of a sequence, and note that it was sent."""
+        ids = ask.context.token_ids
+        sent = self._sent.setdefault(ask.context.key, [])
+        kept = common_prefix(sent, ids)
+        new = ids[kept:]
+        sent[kept:] = new
+        return Question(ask.context.key, kept, new, ask.lengths)
 
 
-@cache
-def _background_loop() -> asyncio.AbstractEventLoop:
-    """Return an event loop on a thread of its own: the engine's thread has none, and waits."""
-    loop = asyncio.new_event_loop()
-    loop.call_soon(go_first)
-    threading.Thread(target=loop.run_forever, name="remote-guides", daemon=True).start()
-    return loop
+class _Call:
+    """One step's call, at one replica or, when that is late or fails, at others too."""
+
+    def __init__(self, lm: RemoteLM, asks: Sequence[Ask], *, hedge_s: float, timeout_s: float):
+        """Send it."""
+        self._lm, self._asks, self._timeout_s = lm, asks, timeout_s
+        now = time.monotonic()
+        self._late_at, self._deadline = now + hedge_s, now + timeout_s
+        self._replies: dict[_Place, Reply] = {}
+        self._found: tuple[str, Future[Address]] | None = None
+        """A replica that is being found."""
+        self._find_at = now
+        if (place := lm.place) is not None:
+            self._ask(place)
+        if not self._replies:
+            self._find(now)
+
+    def wait(self) -> NDArray[np.floating]:
+        """Return the first answer. Raises `TimeoutError`, or what cannot be mended elsewhere."""
+        try:
+            while (reply := self._settled()) is None:
+                now = time.monotonic()
+                if now >= self._deadline:
+                    self._lm.settle(None)
+                    raise TimeoutError(f"no answer in {self._timeout_s:g} s")
+                if now >= self._late_at:  # a second replica is asked once
+                    self._late_at = math.inf
+                    self._find(now)
+                elif not self._replies and now >= self._find_at:
+                    self._find(now)
+                self._listen(now)
+        finally:
+            if self._found is not None:
+                self._found[1].cancel()
+            for place in self._replies:
+                if place is not self._lm.place:
+                    place.line.close()
+        if reply.error is not None:
+            raise RuntimeError(reply.error)
+        assert reply.logprobs is not None, "it is there"
+        return reply.logprobs
+
+    def _settled(self) -> Reply | None:
+        for place, reply in self._replies.items():
+            if reply.is_there:
+                self._lm.settle(place)
+                return reply
+        return None
+
+    def _find(self, now: float) -> None:
+        if self._found is None:
+            self._found = self._lm.find()
+            self._find_at = now + _BACKOFF_S
+
+    def _listen(self, now: float) -> None:
+        """Take what arrives until there is something else to do."""
+        for place in [place for place in self._replies if place.line.is_closed]:
+            self._lose(place, "closed by another call")
+        until = min(self._late_at, self._deadline)
+        if self._found is not None:
+            until = now + _GLANCE_S
+        elif not self._replies:
+            until = min(until, self._find_at)
+        places = {place.line: place for place in self._replies}
+        for line in readable(list(places), until - now):
+            try:
+                line.feed()
+            except OSError as error:
+                self._lose(places[line], repr(error))
+        if self._found is not None and self._found[1].done():
+            self._connect()
+
+    def _connect(self) -> None:
+        assert self._found is not None, "it is done"
+        (ticket, address), self._found = self._found, None
+        left_s = self._deadline - time.monotonic()
+        try:
+            place = self._lm.connect(address.result(), ticket, max(left_s, _GLANCE_S))
+        except OSError as error:
+            logger.warning("no replica of guide %s: %r", self._lm.name, error)
+        else:
+            self._ask(place)
+
+    def _ask(self, place: _Place) -> None:
+        try:
+            self._replies[place] = place.ask(self._asks)
+        except OSError as error:
+            self._replies[place] = Reply()
+            self._lose(place, repr(error))
+
+    def _lose(self, place: _Place, why: str) -> None:
+        logger.warning("a replica of guide %s failed, asking elsewhere: %s", self._lm.name, why)
+        place.line.close()
+        del self._replies[place]
+        if place is self._lm.place:
+            self._lm.settle(None)

@@ -1,7 +1,10 @@
 """Numbers that are shown as long as a process lives."""
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger(__name__)
 
 _PERIOD_S = 1.0
 
@@ -9,7 +12,7 @@ _PERIOD_S = 1.0
 class Reporting:
     """Calls something about once a second."""
 
-    def __init__(self, report: Callable[[], None]) -> None:
+    def __init__(self, report: Callable[[], Awaitable[None]]) -> None:
         self._report = report
         self._task: asyncio.Task[None] | None = None
 
@@ -20,5 +23,8 @@ class Reporting:
 
     async def _run(self) -> None:
         while True:
-            self._report()
+            try:
+                await self._report()
+            except Exception as error:
+                logger.warning("nothing to report: %r", error)
             await asyncio.sleep(_PERIOD_S)

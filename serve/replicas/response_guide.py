@@ -20,10 +20,9 @@ from pilotfish.models.loading import pick_device
 from serve.catalog import Catalog, GuideVersion
 from serve.config import ServeConfig
 from serve.errors import GuideUnavailableError
-from serve.metrics import EngineMetrics
-from serve.replicas.decoding import OFF, Decoding, check_law, leave
+from serve.replicas.apart import leave
+from serve.replicas.decoding import OFF, Decoding, check_law
 from serve.replicas.following import Stock, versions_of
-from serve.replicas.reporting import Reporting
 from serve.replicas.shelf import Shelf
 from serve.wire import GenerateRequest
 
@@ -67,8 +66,6 @@ class ResponseGuide:
         self._off = False
         """Whether the guide is switched off."""
         self._stock = Stock(self._shelf, catalog, versions_of(name), control, self._withdraw)
-        shown = EngineMetrics(config.base.model_id)
-        self._reporting = Reporting(lambda: shown.show(self._stats()))
 
     async def generate(
         self, request: GenerateRequest, version: GuideVersion
@@ -103,7 +100,6 @@ class ResponseGuide:
     async def check_health(self) -> None:
         """Raise `EngineError` unless decoding makes progress; Serve then replaces the replica."""
         await self._stock.ensure()
-        self._reporting.ensure()
         for decoding in self._shelf.loaded.values():
             decoding.thread.check()
 

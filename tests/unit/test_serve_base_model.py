@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from pilotfish import Pilot, SamplingParams
 from pilotfish.context import Prompt
 from pilotfish.decode.sequence import Request
 from pilotfish.errors import PromptError
-from serve.catalog import make_catalog
+from serve.catalog import GuideVersion, make_catalog
 from serve.config import parse_args
 from serve.errors import EngineError, GuideUnavailableError
 from serve.replicas.base_model import BaseModel
+from serve.replicas.guide_line import Address
 from serve.replicas.guide_model import GuideModel
+from serve.replicas.remote_guide import Attend
 from serve.wire import GenerateRequest, GuideUse, OnFailure, Token
 from tests.folders import save_base, save_guide
-from tests.handles import LocalHandle, LocalResponse
+from tests.handles import LocalVisits
 
 PROMPT = [40, 41, 42, 43]
 REMOTE = {"precision": "full", "timeout_s": 0.25, "cooldown_s": 0}
@@ -46,9 +49,10 @@ class Parts:
         """Set where a replica would have ended its process."""
 
     def guide_model(self) -> GuideModel:
-        return GuideModel(self.config.guide("far"), self.catalog, num_slots=4)
+        far = self.config.guide("far")
+        return GuideModel(far, self.catalog, num_slots=4, host=lambda: "127.0.0.1")
 
-    def base_model(self, far: Any) -> BaseModel:
+    def base_model(self, far: Attend) -> BaseModel:
         return BaseModel(self.config, self.catalog, {"far": far}, leave=self.left.set)
 
     def request(
@@ -83,9 +87,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 @pytest.fixture
 def model(parts: Parts) -> Iterator[BaseModel]:
-    model = parts.base_model(LocalHandle(parts.guide_model()))
+    guide = parts.guide_model()
+    model = parts.base_model(LocalVisits(guide))
     yield model
     model.close()
+    guide.close()
 
 
 async def drain(model: BaseModel, sent: GenerateRequest) -> list[Token]:
@@ -235,26 +241,13 @@ def test_a_step_that_hangs_makes_the_replica_unhealthy(
     asyncio.run(run())
 
 
-class Flaky:
-    """A guide handle whose first calls fail."""
-
-    def __init__(self, guide: GuideModel, num_failures: float) -> None:
-        self.num_failures = num_failures
-        self.handle = LocalHandle(guide, self._break)
-
-    def _break(self, call: LocalResponse) -> LocalResponse:
-        if self.num_failures <= 0:
-            return call
-        self.num_failures -= 1
-        call.cancel()
-        return LocalResponse(self._fail())
-
-    async def _fail(self) -> None:
-        raise TimeoutError("no answer")
+def nowhere(_version: GuideVersion, _ticket: str) -> Future[Address]:
+    """Find no replica of a guide, however long one looks."""
+    return Future()
 
 
 def test_a_guide_that_is_gone_fails_only_the_requests_that_want_it(parts: Parts) -> None:
-    model = parts.base_model(Flaky(parts.guide_model(), float("inf")).handle)
+    model = parts.base_model(nowhere)
 
     async def run() -> None:
         guided = asyncio.create_task(drain(model, parts.request(guides={"far": 1.0})))

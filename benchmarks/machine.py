@@ -1,9 +1,12 @@
 """What a benchmark says about where and when it ran."""
 
 import datetime
+import os
 import platform
+import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import transformers
@@ -19,6 +22,14 @@ def describe(threads: int) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def stdout_for_report() -> TextIO:
+    """Return stdout; what else is printed from now on, as Ray prints what workers say, is sent to
+    stderr."""
+    report = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return report
 
 
 def read_bandwidth(rounds: int = 5) -> float:

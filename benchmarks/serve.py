@@ -2,10 +2,10 @@
 
     python -m benchmarks.serve [--json] [--root runs]
 
-Serves `kitchen/base` under `kitchen/genarm` twice on one local Ray cluster, with the guide in the
-base's process and in a replica of its own, and asks the same questions of each and of an engine in
-a process of its own, in turns within each round; ratios are medians over rounds. Clients, the HTTP
-proxy, the ingress and the models share this machine's cores, as they would not elsewhere.
+Serves `kitchen/base` under `kitchen/genarm` on a local Ray cluster, first with the guide in the
+base's process and then in a replica of its own, and asks the same questions of each and of an
+engine in a process of its own, in turns within each round; ratios are medians over rounds. Clients,
+the HTTP proxy, the ingress and the models share this machine's cores, as they would not elsewhere.
 
 A third application has few places; it is asked by as many clients as it admits, and by four times
 as many, who come back when they are told to: what it gets done must not suffer.
@@ -19,14 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, stdout_for_report
 from benchmarks.serve_load import Found, Load
 from jobs import cluster
 from jobs.serving import (
@@ -110,12 +111,13 @@ class Asker:
         self._process.stdin.flush()
 
 
-def measure(options: argparse.Namespace, askers: dict[str, Asker]) -> list[Row]:
-    """Ask everybody the same in every round."""
+def measure(name: str, options: argparse.Namespace, asker: Asker, engine: Asker) -> list[Row]:
+    """Ask an application and the engine the same in every round."""
     rows = []
-    with tqdm(total=len(options.streams) * (options.rounds + 1), unit="round") as bar:
+    with tqdm(total=len(options.streams) * (options.rounds + 1), unit="round", desc=name) as bar:
         for num_streams in options.streams:
-            found: dict[str, list[Found]] = {name: [] for name in askers}
+            over_http: list[Found] = []
+            inside: list[Found] = []
             for number in range(options.rounds + 1):
                 load = Load(
                     num_streams=num_streams,
@@ -123,12 +125,12 @@ def measure(options: argparse.Namespace, askers: dict[str, Asker]) -> list[Row]:
                     num_tokens=options.tokens,
                     seed=100 * number,
                 )
-                for name, asker in askers.items():
-                    answer = asker.run(load)
+                for one, found in ((engine, inside), (asker, over_http)):
+                    answer = one.run(load)
                     if number:  # the first round warms up
-                        found[name].append(answer)
+                        found.append(answer)
                 bar.update()
-            rows += [_row(name, num_streams, found) for name in PLACEMENTS]
+            rows.append(_row(name, num_streams, over_http, inside))
     return rows
 
 
@@ -157,8 +159,9 @@ def overload(asker: Asker, options: argparse.Namespace) -> Overload:
     )
 
 
-def _row(placement: str, num_streams: int, found: dict[str, list[Found]]) -> Row:
-    over_http, inside = found[placement], found["engine"]
+def _row(
+    placement: str, num_streams: int, over_http: Sequence[Found], inside: Sequence[Found]
+) -> Row:
     ratios = [
         one.tokens_per_second / other.tokens_per_second
         for one, other in zip(over_http, inside, strict=True)
@@ -193,22 +196,32 @@ def _side(rounds: Sequence[Found]) -> Side:
     )
 
 
-def write_config(path: Path, *, root: Path, port: int) -> None:
-    """Write a Serve config with an application per placement of the guide, and a narrow one."""
+@contextmanager
+def asking(name: str, *, root: Path, port: int) -> Iterator[Asker]:
+    """Serve one application, alone on the machine, and ask it."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "serve.yaml")
+        write_config(config, name, root=root, port=port)
+        with served(config, port=port):
+            asker = Asker(url=f"http://127.0.0.1:{port}")
+            try:
+                yield asker
+            finally:
+                asker.close()
 
-    def named(name: str) -> dict[str, Any]:
-        guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm")}
-        process = {"placement": "remote", "num_cpus": 0.1} if name == "remote" else {}
-        few = {"max_in_flight": NUM_PLACES, "max_queued": NUM_PLACES} if name == NARROW else {}
-        args = {
-            "base": {"path": str(root / "kitchen" / "base"), "num_cpus": 0.1},
-            "guides": [{**guide, **process}],
-            "ingress": {"num_cpus": 0.1, **few},
-        }
-        return application(name, args, route=f"/{name}", OMP_NUM_THREADS="1")
 
-    applications = [named(name) for name in (*PLACEMENTS, NARROW)]
-    write_serve_config(path, applications, port=port, proxy_location="HeadOnly")
+def write_config(path: Path, name: str, *, root: Path, port: int) -> None:
+    """Write a Serve config for a placement of the guide, or for the narrow application."""
+    guide = {"name": "helpful", "path": str(root / "kitchen" / "genarm")}
+    process = {"placement": "remote", "num_cpus": 0.1} if name == "remote" else {}
+    few = {"max_in_flight": NUM_PLACES, "max_queued": NUM_PLACES} if name == NARROW else {}
+    args = {
+        "base": {"path": str(root / "kitchen" / "base"), "num_cpus": 0.1},
+        "guides": [{**guide, **process}],
+        "ingress": {"num_cpus": 0.1, **few},
+    }
+    one = application(name, args, OMP_NUM_THREADS="1")
+    write_serve_config(path, [one], port=port, proxy_location="HeadOnly")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -222,27 +235,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--proxy", choices=("haproxy", "serve"), default="haproxy")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    out = stdout_for_report()
     if options.proxy == "haproxy":
         os.environ.update(haproxy_environment())
     root, port = Path(options.root).resolve(), free_port(8000)
     cluster.connect(num_cpus=4)
-    askers: dict[str, Asker] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "serve.yaml")
-        write_config(config, root=root, port=port)
-        names = (*PLACEMENTS, NARROW)
-        with served(config, port=port, routes=[f"/{name}" for name in names]):
-            kitchen = root / "kitchen"
-            askers["engine"] = Asker(base=str(kitchen / "base"), guide=str(kitchen / "genarm"))
-            for name in PLACEMENTS:
-                askers[name] = Asker(url=f"http://127.0.0.1:{port}/{name}")
-            narrow = Asker(url=f"http://127.0.0.1:{port}/{NARROW}")
-            try:
-                rows = measure(options, askers)
-                crowded = overload(narrow, options)
-            finally:
-                for asker in (*askers.values(), narrow):
-                    asker.close()
+    kitchen = root / "kitchen"
+    engine = Asker(base=str(kitchen / "base"), guide=str(kitchen / "genarm"))
+    rows: list[Row] = []
+    try:
+        for name in PLACEMENTS:
+            with asking(name, root=root, port=port) as asker:
+                rows += measure(name, options, asker, engine)
+        with asking(NARROW, root=root, port=port) as asker:
+            crowded = overload(asker, options)
+    finally:
+        engine.close()
     report = {
         **describe(1),
         "proxy": options.proxy,
@@ -250,7 +258,7 @@ def main(argv: Sequence[str]) -> None:
         "rows": [asdict(row) for row in rows],
         "overload": asdict(crowded),
     }
-    sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
+    out.write(json.dumps(report, indent=None if options.json else 2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ stdin (`Load`, and where it goes), and answers each with what came of it (`Found
 
 import asyncio
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 import aiohttp
 import torch
 
+from benchmarks.machine import stdout_for_report
 from pilotfish import Pilot, SamplingParams, world
 from pilotfish.chat import render_prompt
 from pilotfish.context import Prompt
@@ -187,6 +187,4 @@ def main(asked: TextIO, answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    main(sys.stdin, out)
+    main(sys.stdin, stdout_for_report())

@@ -32,7 +32,7 @@ import openai
 import psutil
 from tqdm import tqdm
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, stdout_for_report
 from jobs import cluster
 from jobs.serving import application, free_port, served, write_serve_config
 from pilotfish import Pilot, SamplingParams, world
@@ -231,6 +231,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=100, help="per answer")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    out = stdout_for_report()
     root, port = Path(options.root).resolve(), free_port(8000)
     cluster.connect(num_cpus=4)
     kitchen = root / "kitchen"
@@ -240,9 +241,7 @@ def main(argv: Sequence[str]) -> None:
         write_config(config, root=root, port=port)
         with served(config, port=port):
             report = asyncio.run(soak(f"http://127.0.0.1:{port}/v1", pilot, options))
-    sys.stdout.write(
-        json.dumps({**describe(1), **report}, indent=None if options.json else 2) + "\n"
-    )
+    out.write(json.dumps({**describe(1), **report}, indent=None if options.json else 2) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def haproxy_environment() -> dict[str, str]:
     """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # By default 4, which on a small machine only wake each other.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 4))),
         # By default these are fixed, and two clusters on one machine would want the same.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port(9101)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port(8404)),

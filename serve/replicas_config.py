@@ -37,7 +37,7 @@ class Autoscaling(Config):
     max_replicas: PositiveInt
     target_ongoing_requests: PositiveFloat | None = None
     """Per replica; by default what fills its slots to three quarters. For a remote guide these are
-    calls of base replicas, of which each has one at a time."""
+    the base replicas that use it, once per version; by default one."""
     upscale_delay_s: NonNegativeFloat = 10
     """A burst that is over sooner starts nothing: loading a model takes longer than it."""
     downscale_delay_s: NonNegativeFloat = 300

@@ -1,6 +1,7 @@
 """What crosses between ingress and replicas: plain values, no classes of models."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 from pilotfish.chat import Message
@@ -110,11 +111,14 @@ def _to_tuple(
     numbers = (position, read.token_id, read.logprob, read.base_logprob, read.kl, reason)
     if read.moved_by is None and not (drafted or read.notes or read.top):
         return numbers
-    notes = {
-        f"{guide_name(note)}.{note.rpartition('.')[2]}": value for note, value in read.notes.items()
-    }
+    notes = {_note_name(note): value for note, value in read.notes.items()} if read.notes else {}
     mover = read.moved_by and guide_name(read.moved_by)
     return (*numbers, mover, drafted, notes, tuple(map(tuple, read.top)))
+
+
+@lru_cache(maxsize=4096)
+def _note_name(note: str) -> str:
+    return f"{guide_name(note)}.{note.rpartition('.')[2]}"
 
 
 def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -> Request:
@@ -146,6 +150,7 @@ def to_request(key: int, sent: GenerateRequest, guide_keys: Mapping[str, str]) -
     )
 
 
+@lru_cache(maxsize=4096)
 def guide_name(key: str) -> str:
     """Return what requests call the guide that an engine calls `name@version{args}`."""
     return key.partition("@")[0]

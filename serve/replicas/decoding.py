@@ -15,11 +15,13 @@ from pilotfish.decode.engine import Engine
 from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from pilotfish.errors import CheckpointError
 from serve.errors import EngineError
+from serve.frames import ReplyTo
 from serve.replicas.apart import leave
 from serve.replicas.engine_thread import EngineThread
+from serve.replicas.lines import Lines
 from serve.replicas.outbox import Outbox
 from serve.replicas.priority import go_first
-from serve.replicas.streams import Lines, Stream
+from serve.replicas.streams import Posted, Pulled, Stream, hand_out
 from serve.wire import GenerateRequest, to_request
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ class Decoding:
         if (loop := asyncio.get_running_loop()) is not self._loop:
             self._loop = loop
             go_first()
-        stream = self._streams[key] = await self._lines.stream(request.get("reply_to"))
+        stream = self._streams[key] = await self._stream(request.get("reply_to"))
         spared = [
             guide_keys[use.version.name]
             for use in request["guides"]
@@ -164,12 +166,13 @@ class Decoding:
 
     def _deliver(self, items: Mapping[int, Sequence[Any]]) -> None:
         assert self._loop is not None, "tokens come only after a request"
-        self._loop.call_soon_threadsafe(self._hand_out, items)
+        streams = ((self._streams.get(key), own) for key, own in items.items())
+        hand_out(((stream, own) for stream, own in streams if stream is not None), self._loop)
 
-    def _hand_out(self, items: Mapping[int, Sequence[Any]]) -> None:
-        for key, own in items.items():
-            if key in self._streams:
-                self._streams[key].put(own)
+    async def _stream(self, reply_to: ReplyTo | None) -> Stream:
+        """Return a stream to an ingress: posted, or pulled where no line leads there."""
+        line = None if reply_to is None else await self._lines.to(reply_to)
+        return Pulled() if reply_to is None or line is None else Posted(line, reply_to.key)
 
     def _on_failure(self, keys: Sequence[int], error: BaseException) -> None:
         for key in keys:

@@ -22,6 +22,7 @@ Answer: TypeAlias = Callable[[int, Sequence[Question], Sequence[int]], NDArray[n
 """Takes the caller, its questions, and the keys that it has done with."""
 
 _ARRIVE_S = 10.0
+_INTRODUCE_S = 2.0
 _IDLE_S = 10.0
 """A caller that is silent for longer is no load, and comes back with another ticket."""
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
@@ -101,11 +102,12 @@ class Desk:
         visit = None
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(_IDLE_S)
+            connection.settimeout(_INTRODUCE_S)
             ticket, caller = _read(connection, _MOST_BYTES_OF_A_STRANGER)
             visit = self._expected.pop(ticket, None)
             if visit is None:
                 raise ValueError("no ticket")
+            connection.settimeout(_IDLE_S)
             visit.connection = connection
             self.visits.add(visit)
             go_first()

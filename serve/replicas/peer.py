@@ -6,10 +6,11 @@ Values are pickled: nobody else holds an end of the socket.
 import asyncio
 import inspect
 import itertools
-import logging
+import os
 import pickle
 import socket
 import struct
+import traceback
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
@@ -17,8 +18,6 @@ from typing import Any
 
 from pilotfish.errors import PilotfishError
 from serve.errors import EngineError
-
-logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<Q")
 _CALL, _CANCEL, _ITEM, _DONE, _ERROR = range(5)
@@ -120,8 +119,6 @@ class Peer:
                 result = await result
             self._send(_DONE, key, result)
         except Exception as error:
-            if not isinstance(error, PilotfishError | OSError):
-                logger.exception("%s failed", method)
             self._send(_ERROR, key, _portable(error))
         finally:
             del self._answering[key]
@@ -176,7 +173,9 @@ def _value(item: tuple[int, Any]) -> Any:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an error that can be made again elsewhere."""
+    """Return an error that can be made again elsewhere, and says where it comes from."""
+    if not isinstance(error, PilotfishError):
+        error.add_note(f"In process {os.getpid()}: {''.join(traceback.format_exception(error))}")
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

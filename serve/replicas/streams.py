@@ -1,23 +1,19 @@
 """What is on its way from a decode loop to those who asked: pulled through Serve, or posted."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Protocol
 
 from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from serve import frames
 from serve.errors import EngineError
+from serve.replicas.lines import Line
 from serve.wire import Batch, guide_name, to_readings, to_token
-
-logger = logging.getLogger(__name__)
-
-_CONNECT_S = 2.0
 
 
 class Stream(Protocol):
-    """One request's items: events, and names of guides that were given up."""
+    """One request's items: events, and names of guides that were given up. Belongs to the event
+    loop; only `hand_out` may be called elsewhere."""
 
     def put(self, items: Sequence[Any]) -> None:
         """Add what comes next; nothing comes behind an event with a finish reason."""
@@ -67,14 +63,19 @@ class Pulled:
 class Posted:
     """A stream whose items go to the ingress on a line; its call says when it ended, and how."""
 
-    def __init__(self, line: "Line", key: int) -> None:
-        self._line, self._key = line, key
+    def __init__(self, line: Line, key: int) -> None:
+        self.line, self.key = line, key
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line.streams.add(self)
+        line.on_close(self, self._break)
 
     def put(self, items: Sequence[Any]) -> None:
-        self._line.put(self._key, items)
-        if _is_over(items) and not self._ended.done():
+        self.line.send(frames.pack([[self.key, *_to_batch(items)]]))
+        if _is_over(items):
+            self.end()
+
+    def end(self) -> None:
+        """Note that everything is on its way."""
+        if not self._ended.done():
             self._ended.set_result(None)
 
     def fail(self, error: BaseException) -> None:
@@ -85,87 +86,43 @@ class Posted:
         try:
             await self._ended
         finally:
-            self._line.streams.discard(self)
+            self.line.forget(self)
         for nothing in ():
             yield nothing
 
-
-class Line:
-    """A connection to one ingress, on which all streams go that it asked for."""
-
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
-        self.streams: set[Posted] = set()
-        self._waiting: dict[int, list[Any]] = {}
-        """By key: what goes before anything else happens here."""
-
-    @property
-    def is_closed(self) -> bool:
-        return self._writer.is_closing()
-
-    def put(self, key: int, items: Sequence[Any]) -> None:
-        """Add items to the next frame."""
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._waiting.setdefault(key, []).extend(items)
-
-    def close(self) -> None:
-        """Break what is under way; it goes on elsewhere."""
-        self._writer.close()
-        for stream in list(self.streams):
-            stream.fail(EngineError("the connection to the ingress is gone"))
-
-    def _send(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        batches = [[key, *_to_batch(items)] for key, items in waiting.items()]
-        self._writer.write(frames.pack(batches))
+    def _break(self) -> None:
+        self.fail(EngineError("the connection to the ingress is gone"))
 
 
-class Lines:
-    """The lines of one decode loop, each opened when an ingress first asks for one."""
+def hand_out(
+    items: Iterable[tuple[Stream, Sequence[Any]]], loop: asyncio.AbstractEventLoop
+) -> None:
+    """Put items on their streams from the engine's thread.
 
-    def __init__(self) -> None:
-        self._opening: dict[tuple[str, int], asyncio.Task[Line | None]] = {}
-
-    async def stream(self, reply_to: frames.ReplyTo | None) -> Stream:
-        """Return a stream to an ingress: posted, or pulled where no line leads there."""
-        if reply_to is None:
-            return Pulled()
-        line = await self._line(reply_to)
-        return Pulled() if line is None else Posted(line, reply_to.key)
-
-    async def _line(self, reply_to: frames.ReplyTo) -> Line | None:
-        address = reply_to.host, reply_to.port
-        opening = self._opening.get(address)
-        if opening is not None and opening.done() and (line := opening.result()) and line.is_closed:
-            opening = None
-        if opening is None:
-            opening = asyncio.create_task(self._open(reply_to))
-            self._opening[address] = opening
-        return await asyncio.shield(opening)
-
-    async def _open(self, reply_to: frames.ReplyTo) -> Line | None:
-        """Return a new line; None where the network does not let us, now and later."""
-        try:
-            async with asyncio.timeout(_CONNECT_S):
-                reader, writer = await asyncio.open_connection(reply_to.host, reply_to.port)
-        except (OSError, TimeoutError) as error:
-            logger.warning(
-                "cannot reach the ingress at %s:%d (%r), so tokens go to it through Serve's own "
-                "streams, which cost more. Let replicas reach each other's nodes on all ports.",
-                *(reply_to.host, reply_to.port, error),
-            )
-            return None
-        writer.write(frames.pack([reply_to.secret]))
-        line = Line(writer)
-        watch = asyncio.create_task(_close_at_end(line, reader))
-        watch.add_done_callback(lambda _: line.close())
-        return line
+    What goes on a line goes at once, in one frame for all its streams: the event loop would have to
+    take the interpreter lock from the next step.
+    """
+    pulled: list[tuple[Stream, Sequence[Any]]] = []
+    ended: list[Posted] = []
+    frame_by_line: dict[Line, list[Sequence[Any]]] = {}
+    for stream, own in items:
+        if not isinstance(stream, Posted):
+            pulled.append((stream, own))
+            continue
+        frame_by_line.setdefault(stream.line, []).append([stream.key, *_to_batch(own)])
+        if _is_over(own):
+            ended.append(stream)
+    for line, batches in frame_by_line.items():
+        line.send(frames.pack(batches))
+    if pulled or ended:
+        loop.call_soon_threadsafe(_note, pulled, ended)
 
 
-async def _close_at_end(line: Line, reader: asyncio.StreamReader) -> None:
-    with suppress(OSError):
-        await reader.read()  # the ingress says nothing until it goes
+def _note(pulled: Sequence[tuple[Stream, Sequence[Any]]], ended: Sequence[Posted]) -> None:
+    for stream, items in pulled:
+        stream.put(items)
+    for stream in ended:
+        stream.end()
 
 
 def _to_batch(items: Sequence[Any]) -> Batch:

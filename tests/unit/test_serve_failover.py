@@ -156,10 +156,12 @@ def test_when_one_choice_fails_all_do_and_their_slots_are_free(server: Server) -
 def test_a_guide_that_can_be_spared_is_left_out_and_said_to_be(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def gone(*_: Any) -> Any:
+    def gone(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(server.far, "logprobs", gone)
+    monkeypatch.setattr(server.far, "_answer", gone)
+    for visit in list(server.far._desk.visits):  # who is here already
+        visit.close()
     fields: dict[str, Any] = {"max_tokens": 12, "seed": 1}
     far: dict[str, Any] = {"name": "far", "weight": 1}
     spared = chat(server.pipeline(), guides=[{**far, "on_failure": "base"}], **fields)

@@ -15,7 +15,8 @@ from serve.api.calls import Calls, drain
 from serve.api.inbox import Inbox
 from serve.api.journal import Journal, Patience
 from serve.errors import EngineError
-from serve.replicas.streams import Lines
+from serve.replicas.lines import Lines
+from serve.replicas.streams import Posted, hand_out
 from serve.wire import GuideUse, Token
 from tests.handles import LocalHandle, LocalStream
 from tests.http_api import Server
@@ -129,18 +130,59 @@ def test_no_token_is_lost_however_many_come_at_once(pauses: Sequence[bool]) -> N
 
         listening = await asyncio.start_server(note, HOST, 0)
         port = listening.sockets[0].getsockname()[1]
-        stream = await Lines().stream(frames.ReplyTo(HOST, port, "secret", 7))
+        line = await Lines().to(frames.ReplyTo(HOST, port, "secret", 7))
+        assert line is not None
+        stream = Posted(line, 7)
         for index, pause in enumerate((*pauses, False)):
-            stream.put([event(index, is_last=index == len(pauses))])
+            items = [event(index, is_last=index == len(pauses))]
+            hand_out([(stream, items)], asyncio.get_running_loop())
             if pause:
                 await asyncio.sleep(0)
         async with asyncio.timeout(10):
+            assert [batch async for batch in stream.batches()] == []
             await over.wait()
         listening.close()
+        await asyncio.sleep(0.01)  # the line hears of it
 
     asyncio.run(use())
     positions = [token[0] for [(_, tokens, *_)] in frames_read for token in tokens]
     assert positions == [0, 1, 2, 3, 4]
+
+
+def test_who_sends_does_not_wait_for_an_ingress_that_reads_slowly() -> None:
+    sent = [[number, "x" * 10_000] for number in range(3_000)]  # 30 MB, more than buffers take
+
+    async def use() -> list[Any]:
+        received: list[Any] = []
+        may_read, over = asyncio.Event(), asyncio.Event()
+
+        async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await may_read.wait()
+            assert await frames.read(reader) == ("secret",)
+            while len(received) < len(sent):
+                received.append(list(await frames.read(reader)))
+            writer.close()
+            over.set()
+
+        listening = await asyncio.start_server(note, HOST, 0)
+        port = listening.sockets[0].getsockname()[1]
+        line = await Lines().to(frames.ReplyTo(HOST, port, "secret", 7))
+        assert line is not None
+
+        def send() -> None:
+            for one in sent:
+                line.send(frames.pack(one))
+
+        async with asyncio.timeout(20):
+            await asyncio.to_thread(send)
+            may_read.set()
+            await over.wait()
+            while not line.is_closed:
+                await asyncio.sleep(0.01)
+        listening.close()
+        return received
+
+    assert asyncio.run(use()) == sent
 
 
 def event(index: int, *, is_last: bool) -> TokenEvent:

@@ -3,10 +3,11 @@
     python -m benchmarks.soak [--json] [--root runs] [--minutes 20] [--every 10]
 
 Serves `kitchen/base` under `kitchen/genarm` from two base and two guide replicas behind two
-ingresses, keeps so many streams open, and sends SIGKILL to one of them, in turns, every so many
-seconds. Every answer is compared, token by token, with what an engine in this process draws.
-Where a text departs from it, the number that decided says whether that was a near-tie, which
-another batch may settle otherwise. Resident memory is that of the oldest process of each kind.
+ingresses, keeps so many streams open, and every so many seconds sends SIGKILL to one of them, kind
+by kind: always the youngest, so that the other one lives through it all, and its memory tells.
+Every answer is compared, token by token, with what an engine in this process draws. Where a text
+departs from it, the number that decided says whether that was a near-tie, which another batch may
+settle otherwise.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import itertools
 import json
 import logging
 import os
-import random
 import signal
 import statistics
 import sys
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,19 @@ from pilotfish.noise import Purpose, request_key, uniforms
 
 logger = logging.getLogger(__name__)
 
-VICTIMS = ("BaseModel", "Guide:helpful", "Pipeline")
+VICTIMS = {
+    "BaseModel": "ServeReplica:soak:BaseModel",
+    "Guide:helpful": "ServeReplica:soak:Guide:helpful",
+    "BaseModel, apart": "serve.replicas.apart",
+    "Pipeline": "ServeReplica:soak:Pipeline",
+}
+"""What is killed: a part of the command line, by what it is called here."""
+WITNESSES = {
+    "Guides": "ServeReplica:soak:Guides",
+    "HTTP proxy": "ProxyActor",
+    "Serve controller": "ServeController",
+}
+"""What is not killed."""
 NEAR_TIE = 1e-3
 """In probability, between the number that decided a draw and the nearest border of a token."""
 
@@ -162,7 +175,7 @@ async def soak(url: str, pilot: Pilot, options: argparse.Namespace) -> dict[str,
 async def _hurt_and_watch(
     tally: Tally, until: float, options: argparse.Namespace
 ) -> tuple[Counter[str], dict[str, dict[str, float]]]:
-    chance, kills = random.Random(0), Counter[str]()
+    kills = Counter[str]()
     seen: dict[str, list[float]] = {}
     victims = itertools.cycle(VICTIMS)
     with tqdm(total=round(60 * options.minutes), unit="s", ncols=100) as bar:
@@ -173,9 +186,9 @@ async def _hurt_and_watch(
             for kind, mib in _memory().items():
                 seen.setdefault(kind, []).append(mib)
             name = next(victims)
-            alive = _processes(f"ServeReplica:soak:{name}")
+            alive = _processes(VICTIMS[name])
             if len(alive) > 1:  # the last one is left to those who wait for it
-                os.kill(chance.choice(alive).pid, signal.SIGKILL)
+                os.kill(alive[-1].pid, signal.SIGKILL)
                 kills[name] += 1
     return kills, {
         kind: {
@@ -188,25 +201,20 @@ async def _hurt_and_watch(
 
 
 def _processes(title: str) -> list[psutil.Process]:
+    """Return the processes of a kind, from the oldest one."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "create_time"]):
         if title in " ".join(process.info["cmdline"] or ()):
             found.append(process)
-    return found
+    return sorted(found, key=lambda process: process.info["create_time"])
 
 
 def _memory() -> dict[str, float]:
     """Return the resident MiB of the oldest process of each kind."""
-    titles = {
-        **{name: f"ServeReplica:soak:{name}" for name in (*VICTIMS, "Guides")},
-        "HTTP proxy": "ProxyActor",
-        "Serve controller": "ServeController",
-    }
     memory = {}
-    for kind, title in titles.items():
-        alive = sorted(_processes(title), key=lambda process: process.create_time())
-        if alive:
-            memory[kind] = alive[0].memory_info().rss / 2**20
+    for kind, title in {**VICTIMS, **WITNESSES}.items():
+        with suppress(IndexError, psutil.NoSuchProcess):
+            memory[kind] = _processes(title)[0].memory_info().rss / 2**20
     return memory
 
 

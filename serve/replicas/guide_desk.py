@@ -25,6 +25,8 @@ _ARRIVE_S = 10.0
 _INTRODUCE_S = 2.0
 _IDLE_S = 10.0
 """A caller that is silent for longer is no load, and comes back with another ticket."""
+_TAKE_S = 60.0
+"""A caller takes its answer when its own forward is over."""
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _NUM_WAITING = 64
 _MOST_BYTES_OF_A_STRANGER = 256
@@ -107,12 +109,13 @@ class Desk:
             visit = self._expected.pop(ticket, None)
             if visit is None:
                 raise ValueError("no ticket")
-            connection.settimeout(_IDLE_S)
             visit.connection = connection
             self.visits.add(visit)
             go_first()
             while True:
+                connection.settimeout(_IDLE_S)
                 questions, released = _read(connection)
+                connection.settimeout(_TAKE_S)
                 asked = [Question(*values) for values in questions]
                 _send(connection, visit.answer, caller, asked, released)
         except (EOFError, OSError):

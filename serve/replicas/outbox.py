@@ -1,4 +1,4 @@
-"""What a decode loop has to say, until the event loop beside it is told."""
+"""What a decode loop has to say, until it is sent."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,8 +8,7 @@ from typing import Any
 class Outbox:
     """Items of all streams, by key. Belongs to the engine's thread.
 
-    The event loop is woken as rarely as streams allow: each time, it takes the interpreter lock
-    from a step that all of them wait for.
+    It is sent as rarely as streams allow: all of them wait for the next step meanwhile.
     """
 
     def __init__(

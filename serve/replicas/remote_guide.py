@@ -154,20 +154,19 @@ class _Call:
 
     def __init__(self, lm: RemoteLM, asks: Sequence[Ask], *, hedge_s: float, timeout_s: float):
         """Send it."""
-        self._lm, self._asks, self._timeout_s = lm, asks, timeout_s
-        now = time.monotonic()
-        self._late_at, self._deadline = now + hedge_s, now + timeout_s
+        self._lm, self._asks = lm, asks
+        self._hedge_s, self._timeout_s = hedge_s, timeout_s
+        self._late_at = self._deadline = math.inf
         self._replies: dict[_Place, Reply] = {}
         self._found: tuple[str, Future[Address]] | None = None
         """A replica that is being found."""
-        self._find_at = now
-        if (place := lm.place) is not None:
-            self._ask(place)
-        if not self._replies:
-            self._find(now)
+        self._find_at = 0.0
+        self._ask_another(time.monotonic())
 
     def wait(self) -> NDArray[np.floating]:
         """Return the first answer. Raises `TimeoutError`, or what cannot be mended elsewhere."""
+        now = time.monotonic()
+        self._late_at, self._deadline = now + self._hedge_s, now + self._timeout_s
         try:
             while (reply := self._settled()) is None:
                 now = time.monotonic()
@@ -176,9 +175,9 @@ class _Call:
                     raise TimeoutError(f"no answer in {self._timeout_s:g} s")
                 if now >= self._late_at:  # a second replica is asked once
                     self._late_at = math.inf
-                    self._find(now)
+                    self._ask_another(now)
                 elif not self._replies and now >= self._find_at:
-                    self._find(now)
+                    self._ask_another(now)
                 self._listen(now)
         finally:
             if self._found is not None:
@@ -198,8 +197,12 @@ class _Call:
                 return reply
         return None
 
-    def _find(self, now: float) -> None:
-        if self._found is None:
+    def _ask_another(self, now: float) -> None:
+        """Ask the replica that other calls ask; one that must be found where that is asked."""
+        place = self._lm.place
+        if place is not None and place not in self._replies:
+            self._ask(place)
+        elif self._found is None:
             self._found = self._lm.find()
             self._find_at = now + _BACKOFF_S
 

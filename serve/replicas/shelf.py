@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -28,17 +27,12 @@ class Shelf(Generic[T]):
         self,
         load: Callable[[GuideVersion], T],
         drop: Callable[[GuideVersion, T], None],
-        *,
-        linger_s: float = 0.0,
     ) -> None:
-        """`linger_s`: seconds since its last lease for which a version counts as used."""
-        self._load, self._drop, self._linger_s = load, drop, linger_s
+        self._load, self._drop = load, drop
         self._items: dict[GuideVersion, T] = {}
         self._leases: Counter[GuideVersion] = Counter()
-        self._last_used: dict[GuideVersion, float] = {}
         self._coming: dict[GuideVersion, asyncio.Future[T]] = {}
         self._served: set[GuideVersion] = set()
-        self._timer: asyncio.TimerHandle | None = None
         # One after the other: two at a time would need the memory of two.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
 
@@ -70,7 +64,6 @@ class Shelf(Generic[T]):
             yield await self.get(version)
         finally:
             self._leases[version] -= 1
-            self._last_used[version] = time.monotonic()
             self._tidy()
 
     def hold(self, version: GuideVersion) -> None:
@@ -97,21 +90,7 @@ class Shelf(Generic[T]):
 
     def _tidy(self) -> None:
         for version in self._items.keys() - self._served:
-            if self._leases[version]:
-                continue
-            left_s = self._last_used.get(version, 0.0) + self._linger_s - time.monotonic()
-            if left_s > 0:
-                self._tidy_later(left_s)
-                continue
-            self._drop(version, self._items.pop(version))
-            del self._leases[version]
-            self._last_used.pop(version, None)
-            logger.info("dropped %s", version.key)
-
-    def _tidy_later(self, seconds: float) -> None:
-        def tidy() -> None:
-            self._timer = None
-            self._tidy()
-
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, tidy)
+            if not self._leases[version]:
+                self._drop(version, self._items.pop(version))
+                del self._leases[version]
+                logger.info("dropped %s", version.key)

@@ -20,13 +20,13 @@ ONE, TWO = version(1), version(2)
 class Models:
     """What a shelf loads: remembers it, and can be slow or broken."""
 
-    def __init__(self, *, linger_s: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.loads: list[GuideVersion] = []
         self.drops: list[GuideVersion] = []
         self.broken: set[GuideVersion] = set()
         self.open = threading.Event()
         self.open.set()
-        self.shelf: Shelf[str] = Shelf(self._load, self._drop, linger_s=linger_s)
+        self.shelf: Shelf[str] = Shelf(self._load, self._drop)
 
     def _load(self, version: GuideVersion) -> str:
         self.loads.append(version)
@@ -121,27 +121,5 @@ def test_a_version_that_cannot_be_loaded_raises_for_all_and_is_tried_again(model
         models.broken.clear()
         assert await use() == "model 1"
         assert models.loads == [ONE, ONE]
-
-    asyncio.run(run())
-
-
-def test_a_version_lingers_for_those_who_ask_again_and_again() -> None:
-    models = Models(linger_s=0.1)
-
-    async def ask(version: GuideVersion) -> None:
-        async with models.shelf.lease(version):
-            pass
-
-    async def run() -> None:
-        models.shelf.stock([ONE])
-        await ask(ONE)
-        models.shelf.keep([TWO])
-        await ask(TWO)
-        await ask(ONE)
-        assert models.drops == []
-        async with asyncio.timeout(5):
-            while not models.drops:
-                await asyncio.sleep(0.02)
-        assert (models.drops, set(models.shelf.loaded)) == ([ONE], {TWO})
 
     asyncio.run(run())

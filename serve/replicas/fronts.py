@@ -115,11 +115,13 @@ class Services:
         visit = guide.attend.remote(version, ticket)
         try:
             address = await anext(visit)
-        except BaseException as error:
+        except asyncio.CancelledError:
             visit.cancel()
+            raise
+        except Exception as error:
             if is_retryable(error):
                 raise ConnectionError(repr(error)) from error
-            raise cause_of(error) from error
+            raise cause_of(error) from None
         # The call lasts as long as the visit: so Serve knows who is busy.
         task = asyncio.ensure_future(_outlast(visit))
         self._attended.add(task)

@@ -23,7 +23,7 @@ Answer: TypeAlias = Callable[[int, Sequence[Question], Sequence[int]], NDArray[n
 
 _ARRIVE_S = 10.0
 _INTRODUCE_S = 2.0
-_IDLE_S = 10.0
+_IDLE_S = 60.0
 """A caller that is silent for longer is no load, and comes back with another ticket."""
 _TAKE_S = 60.0
 """A caller takes its answer when its own forward is over."""

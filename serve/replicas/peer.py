@@ -100,7 +100,9 @@ class Peer:
 
     def _take(self, kind: int, key: int, *content: Any) -> None:
         if kind == _CALL:
-            self._answering[key] = asyncio.ensure_future(self._answer(key, *content))
+            task = self._answering[key] = asyncio.ensure_future(self._answer(key, *content))
+            # Not by itself: one that is cancelled at once never runs.
+            task.add_done_callback(lambda _: self._answering.pop(key, None))
         elif kind == _CANCEL:
             if (task := self._answering.get(key)) is not None:
                 task.cancel()
@@ -120,8 +122,6 @@ class Peer:
             self._send(_DONE, key, result)
         except Exception as error:
             self._send(_ERROR, key, _portable(error))
-        finally:
-            del self._answering[key]
 
     def _send(self, kind: int, key: int, value: Any) -> None:
         assert self._writer is not None, "there is nothing to answer before `run`"

@@ -29,6 +29,8 @@ with `OSError` where another replica may do it."""
 _BACKOFF_S = 0.05
 _STAY_S = 60.0
 """Then the least busy replica is asked for again. Mostly it is the same, which has its caches."""
+_PART_S = 0.01
+"""Until a replica that was left knows of it, and looks no busier for that."""
 _GLANCE_S = 0.005
 
 
@@ -58,6 +60,8 @@ class RemoteLM:
         self._caller = secrets.randbits(62)
         self._place: _Place | None = None
         self._down_until = 0.0
+        self.find_at = 0.0
+        """No replica is looked for before."""
 
     def begin(self, contexts: Sequence[Context]) -> Callable[[], Tensor]:
         """Send the call; the returned function waits for its log-probs [R, V].
@@ -103,7 +107,11 @@ class RemoteLM:
         place = self._place
         if place is None or not place.line.is_idle:
             return
-        if time.monotonic() > place.since + _STAY_S or not place.line.is_usable:
+        now = time.monotonic()
+        if now > place.since + _STAY_S:
+            self.find_at = now + _PART_S
+            self.settle(None)
+        elif not place.line.is_usable:
             self.settle(None)
 
     def settle(self, place: "_Place | None") -> None:
@@ -160,8 +168,10 @@ class _Call:
         self._replies: dict[_Place, Reply] = {}
         self._found: tuple[str, Future[Address]] | None = None
         """A replica that is being found."""
-        self._find_at = 0.0
-        self._ask_another(time.monotonic())
+        self._find_at = lm.find_at
+        now = time.monotonic()
+        if lm.place is not None or now >= self._find_at:
+            self._ask_another(now)
 
     def wait(self) -> NDArray[np.floating]:
         """Return the first answer. Raises `TimeoutError`, or what cannot be mended elsewhere."""

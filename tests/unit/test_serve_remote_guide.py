@@ -227,6 +227,15 @@ def test_a_late_replica_is_not_waited_for(
     assert visits.num_visits == 2
 
 
+def test_an_answer_that_came_while_the_base_computed_is_not_late(world: World, law: Any) -> None:
+    lm, visits = world.lm(world.replica(), timeout_s=0.2, hedge_s=0.1)
+    lm.begin(contexts())()
+    wait = lm.begin(contexts())
+    time.sleep(0.4)
+    torch.testing.assert_close(wait(), law(PROMPTS))
+    assert visits.num_visits == 1
+
+
 def test_a_guide_that_does_not_answer_is_left_alone_for_a_while(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ class _Loaded:
 
     guide: Guide
     card: GuideCard
+    remote: RemoteLM | None
     varied: dict[str, "_Acting"] = field(default_factory=dict)
 
 
@@ -194,27 +195,22 @@ class BaseModel:
     def _load(self, version: GuideVersion) -> _Loaded:
         folder = version.artifact.load(version.version)
         config = self._config.guide(version.name)
-        attend = self._remote.get(version.name)
+        remote = None
+        if (attend := self._remote.get(version.name)) is not None:
+            size, device = self._host.base.vocab_size, self._host.device
+            remote = RemoteLM(attend, config, version, vocab_size=size, device=device)
         host = self._host.for_guide(
-            num_slots=self._config.guide_slots(config),
-            dtype=config.dtype,
-            remote=None
-            if attend is None
-            else RemoteLM(
-                attend,
-                config,
-                version,
-                vocab_size=self._host.base.vocab_size,
-                device=self._host.device,
-            ),
+            num_slots=self._config.guide_slots(config), dtype=config.dtype, remote=remote
         )
         card = read_card(folder)
-        loaded = _Loaded(load_guide(folder, card, host), card)
+        loaded = _Loaded(load_guide(folder, card, host), card, remote)
         self._add(version.key, loaded.guide, version.stage)
         return loaded
 
-    def _drop(self, version: GuideVersion, _: _Loaded) -> None:
+    def _drop(self, version: GuideVersion, loaded: _Loaded) -> None:
         self._remove(version.key, version.stage)
+        if loaded.remote is not None:
+            self._decoding.thread.call(loaded.remote.close)
 
     def _add(self, key: str, guide: Guide, stage: Stage) -> None:
         if stage is not Stage.TOKEN:

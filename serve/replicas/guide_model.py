@@ -1,6 +1,5 @@
 """`Guide:<name>`: replicas that answer for one guide LM, in every version that is served."""
 
-import functools
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -54,7 +53,7 @@ class GuideModel:
         """
         async with self._shelf.lease(version) as lm:
             texts: dict[int, list[int]] = {}
-            visit = self._desk.expect(ticket, functools.partial(self._answer, lm, texts))
+            visit = self._desk.expect(ticket, lambda *asked: self._answer(lm, texts, *asked))
             try:
                 yield self._desk.address
                 await visit.over()

@@ -93,6 +93,10 @@ class RemoteLM:
         if self._place is not None:
             self._place.release(keys)
 
+    def close(self) -> None:
+        """Leave the replica, which may have the version for nobody else."""
+        self.settle(None)
+
     @property
     def name(self) -> str:
         return self._guide.name

@@ -209,7 +209,7 @@ def test_a_replica_that_dies_in_the_middle_is_replaced_with_all_it_knew(
     lm, visits = world.lm(first, second)
     rows = contexts()
     lm.begin(rows)()
-    for visit in first._desk.visits:
+    for visit in list(first._desk.visits):
         visit.close()
     for row in rows:
         row.token_ids.append(70)

@@ -309,8 +309,8 @@ def test_nobody_is_let_in_without_a_ticket(world: World, law: Any, hello: bytes)
     replica = world.replica()
     with socket.create_connection(replica._desk.address, 5) as stranger:
         stranger.sendall(hello)
-        stranger.shutdown(socket.SHUT_WR)
-        with suppress(ConnectionResetError):
+        with suppress(OSError):  # it may have been cut off by now
+            stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1) == b""
     lm, _ = world.lm(replica)
     torch.testing.assert_close(lm.begin(contexts())(), law(PROMPTS))

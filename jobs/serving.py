@@ -28,14 +28,12 @@ ingress's time. Nothing in ours blocks the one that is left: models are loaded, 
 threads of their own."""
 
 
-def application(
-    name: str, args: Mapping[str, Any], *, route: str = "/", **environment: str
-) -> dict[str, Any]:
+def application(name: str, args: Mapping[str, Any], **environment: str) -> dict[str, Any]:
     """Return one application of a Serve config; its processes find the code of this repository."""
     search_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")])
     return {
         "name": name,
-        "route_prefix": route,
+        "route_prefix": "/",
         "import_path": "serve.app:build",
         "runtime_env": {"env_vars": {"PYTHONPATH": search_path, **_ONE_LOOP, **environment}},
         "args": dict(args),
@@ -73,13 +71,8 @@ def write_serve_config(
 
 
 @contextmanager
-def served(
-    config: Path, *, port: int, routes: Sequence[str] = ("",), patience_s: float = 180.0
-) -> Iterator[OpenAI]:
-    """Run `serve run CONFIG` on the connected cluster and give a client once it is ready.
-
-    `routes` are the prefixes of its applications; the client asks the first.
-    """
+def served(config: Path, *, port: int, patience_s: float = 180.0) -> Iterator[OpenAI]:
+    """Run `serve run CONFIG` on the connected cluster and give a client once it is ready."""
     address = ray.get_runtime_context().gcs_address
     command = Path(sys.executable).with_name("serve")
     log = config.with_suffix(".log")
@@ -92,9 +85,8 @@ def served(
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        for route in routes:
-            _wait_until_ready(url + route, process, log, patience_s)
-        yield OpenAI(base_url=f"{url}{routes[0]}/v1", api_key="unused", max_retries=0)
+        _wait_until_ready(url, process, log, patience_s)
+        yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
     finally:
         # Not by Ctrl-C's signal, which a process started in the background ignores.
         ray_serve.shutdown()

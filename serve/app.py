@@ -13,7 +13,7 @@ from serve.catalog import Catalog, make_catalog
 from serve.config import ServeConfig, parse_args
 from serve.guides import Guides
 from serve.replicas.control import CONTROL, control_handle, own_host
-from serve.replicas.fronts import BaseModelFront, ResponseGuideFront
+from serve.replicas.front import Front, make_base, make_response_guide
 from serve.replicas.guide_model import GuideModel
 from serve.replicas_config import ProcessConfig, ReplicasConfig
 from serve.routing import ROUTER
@@ -91,8 +91,12 @@ def _base(config: ServeConfig, catalog: Catalog, remote: Mapping[str, Applicatio
         request_router_config={"request_router_class": ROUTER},
         **_replicas(config.base, config.base.num_slots),
         **_COMMON,
-    )(BaseModelFront)
-    return deployment.bind(config, catalog, dict(remote), control=control_handle)
+    )(Front)
+    return deployment.bind(
+        *("BaseModel", make_base, config, catalog, list(remote)),
+        remote=dict(remote),
+        control=control_handle,
+    )
 
 
 def _guide(config: ServeConfig, name: str, catalog: Catalog) -> Application:
@@ -121,8 +125,12 @@ def _response_guide(config: ServeConfig, name: str, catalog: Catalog) -> Applica
         request_router_config={"request_router_class": ROUTER},
         **_replicas(guide, num_slots),
         **_COMMON,
-    )(ResponseGuideFront)
-    return deployment.bind(config, name, catalog, control=control_handle)
+    )(Front)
+    return deployment.bind(
+        *(f"ResponseGuide:{name}", make_response_guide, config, name, catalog),
+        remote={},
+        control=control_handle,
+    )
 
 
 def _replicas(config: ReplicasConfig, num_slots: int) -> dict[str, Any]:

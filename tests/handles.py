@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from serve.catalog import GuideVersion
-from serve.replicas.fronts import Services
+from serve.replicas.front import Services
 from serve.replicas.guide_line import Address
 
 

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +74,10 @@ class Apart:
         self._ensure()
         return await self._peer.call(method, *args)
 
-    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
+    def stream(self, method: str, *args: Any) -> AsyncGenerator[Any]:
         """Yield what an async generator there yields; closing this closes that."""
         self._ensure()
-        async with aclosing(self._peer.stream(method, *args)) as items:
-            async for item in items:
-                yield item
+        return self._peer.stream(method, *args)
 
     def close(self) -> None:
         """End the process."""

@@ -98,7 +98,7 @@ class Decoding:
         ended = False
         try:
             if gave_up:
-                stream.put(gave_up)
+                hand_out([(stream, gave_up)], loop)
             self._unheard.add(key)
             self.thread.submit(job, goes_on_without=spared)
             async with aclosing(stream.batches()) as batches:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.replicas.guide_line import ANSWER, DTYPES, FAILED, LENGTH, Address, Question
+from serve import frames
+from serve.replicas.guide_line import ANSWER, DTYPES, FAILED, Address, Question
 from serve.replicas.priority import go_first
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Desk:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(_INTRODUCE_S)
-            ticket, caller = _read(connection, _MOST_BYTES_OF_A_STRANGER)
+            ticket, caller = frames.receive(connection, _MOST_BYTES_OF_A_STRANGER)
             visit = self._expected.pop(ticket, None)
             if visit is None:
                 raise ValueError("no ticket")
@@ -114,7 +114,7 @@ class Desk:
             go_first()
             while True:
                 connection.settimeout(_IDLE_S)
-                questions, released = _read(connection)
+                questions, released = frames.receive(connection, math.inf)
                 connection.settimeout(_TAKE_S)
                 asked = [Question(*values) for values in questions]
                 _send(connection, visit.answer, caller, asked, released)
@@ -139,22 +139,3 @@ def _send(connection: socket.socket, answer: Answer, *asked: Any) -> None:
         return
     connection.sendall(ANSWER.pack(_KINDS[logprobs_RV.dtype], logprobs_RV.nbytes))
     connection.sendall(logprobs_RV.view(np.uint8).data)
-
-
-def _read(connection: socket.socket, most_bytes: float = math.inf) -> Any:
-    """Return what the next frame holds. Raises `EOFError` at the end, `OSError` without one."""
-    [length] = LENGTH.unpack(_exactly(connection, LENGTH.size))
-    if length > most_bytes:
-        raise ValueError(f"a frame of {length} bytes")
-    return msgpack.unpackb(_exactly(connection, length))
-
-
-def _exactly(connection: socket.socket, num_bytes: int) -> bytearray:
-    content = bytearray(num_bytes)
-    left = memoryview(content)
-    while left:
-        got = connection.recv_into(left)
-        if not got:
-            raise EOFError
-        left = left[got:]
-    return content

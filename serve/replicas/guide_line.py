@@ -1,8 +1,8 @@
 """A base replica's connection to a replica of a remote guide, past Serve.
 
 A call through Serve costs a millisecond of a core on either side, in every step. Here a step costs
-one frame each way. The caller sends, in MessagePack, what it asks and which sequences it has done
-with (`pack`); the answer is log-probs [R, V] as they lie in memory, or what went wrong.
+one message each way. The caller sends, in a frame, what it asks and which sequences it has done
+with; the answer is log-probs [R, V] as they lie in memory, or what went wrong.
 """
 
 import select
@@ -11,13 +11,13 @@ import struct
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-LENGTH = struct.Struct("<I")
+from serve import frames
+
 ANSWER = struct.Struct("<cQ")
 """What an answer begins with: its kind, and the bytes that follow."""
 DTYPES = {b"h": np.dtype(np.float16), b"f": np.dtype(np.float32), b"d": np.dtype(np.float64)}
@@ -65,15 +65,15 @@ class Line:
         self._socket = socket.create_connection(address, timeout_s)
         weakref.finalize(self, self._socket.close)  # a guide that is dropped hangs up
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.sendall(pack([ticket, caller]))
+        self._socket.sendall(frames.pack([ticket, caller]))
         self._replies: deque[Reply] = deque()
         self._kind: bytes | None = None
         self._expect(None, ANSWER.size)
 
     @property
-    def is_usable(self) -> bool:
-        """Whether the other end has not closed it while nothing was asked."""
-        return bool(self._replies) or not readable([self], 0)
+    def is_cut(self) -> bool:
+        """Whether the other end has closed it while nothing was asked."""
+        return self.is_idle and bool(readable([self], 0))
 
     @property
     def is_closed(self) -> bool:
@@ -88,7 +88,7 @@ class Line:
 
     def ask(self, questions: Sequence[Question], released: Sequence[int]) -> Reply:
         """Send a call. `released` are keys of sequences that were asked about before."""
-        self._socket.sendall(pack([questions, released]))
+        self._socket.sendall(frames.pack([questions, released]))
         self._replies.append(Reply())
         return self._replies[-1]
 
@@ -125,9 +125,3 @@ def readable(lines: Sequence[Line], timeout_s: float) -> list[Line]:
     for number in by_number:
         poll.register(number, select.POLLIN)
     return [by_number[number] for number, _ in poll.poll(max(0.0, 1e3 * timeout_s))]
-
-
-def pack(value: Sequence[Any]) -> bytes:
-    """Return a frame: its length in four bytes, and an array."""
-    content = cast(bytes, msgpack.packb(value))
-    return LENGTH.pack(len(content)) + content

@@ -4,6 +4,7 @@ Values are pickled: nobody else holds an end of the socket.
 """
 
 import asyncio
+import functools
 import inspect
 import itertools
 import os
@@ -11,13 +12,15 @@ import pickle
 import socket
 import struct
 import traceback
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from pilotfish.errors import PilotfishError
 from serve.errors import EngineError
+from serve.frames import receive_exactly
 
 _LENGTH = struct.Struct("<Q")
 _CALL, _CANCEL, _ITEM, _DONE, _ERROR = range(5)
@@ -134,13 +137,8 @@ class PeerHandle:
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
 
-    def __getattr__(self, method: str) -> "_Method":
-        return _Method(lambda *args: self._peer.call(method, *args))
-
-
-class _Method:
-    def __init__(self, remote: Callable[..., Any]) -> None:
-        self.remote = remote
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=functools.partial(self._peer.call, method))
 
 
 def pack(value: Any) -> bytes:
@@ -151,18 +149,8 @@ def pack(value: Any) -> bytes:
 
 def receive(connection: socket.socket) -> Any:
     """Wait for a frame and return what it holds. Raises `EOFError` at the end."""
-    [length] = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
-    return pickle.loads(_exactly(connection, length))
-
-
-def _exactly(connection: socket.socket, num_bytes: int) -> bytes:
-    content = b""
-    while len(content) < num_bytes:
-        more = connection.recv(num_bytes - len(content))
-        if not more:
-            raise EOFError
-        content += more
-    return content
+    [length] = _LENGTH.unpack(receive_exactly(connection, _LENGTH.size))
+    return pickle.loads(receive_exactly(connection, length))
 
 
 def _value(item: tuple[int, Any]) -> Any:

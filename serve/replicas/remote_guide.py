@@ -58,7 +58,9 @@ class RemoteLM:
         self._vocab_size, self._device = vocab_size, device
         # By it a replica finds its caches again. Others that share them have other numbers.
         self._caller = secrets.randbits(62)
-        self._place: _Place | None = None
+        self.name = guide.name
+        self.place: _Place | None = None
+        """Who is asked first; None if somebody must be found."""
         self._down_until = 0.0
         self.find_at = 0.0
         """No replica is looked for before."""
@@ -90,39 +92,30 @@ class RemoteLM:
 
     def release(self, keys: Sequence[int]) -> None:
         """Forget sequences here, and at the replica with the next call."""
-        if self._place is not None:
-            self._place.release(keys)
+        if self.place is not None:
+            self.place.release(keys)
 
     def close(self) -> None:
         """Leave the replica, which may have the version for nobody else."""
         self.settle(None)
 
-    @property
-    def name(self) -> str:
-        return self._guide.name
-
-    @property
-    def place(self) -> "_Place | None":
-        """Who is asked first; None if somebody must be found."""
-        return self._place
-
     def move_on(self) -> None:
         """Leave a replica that has hung up, or at which this has been for long."""
-        place = self._place
+        place = self.place
         if place is None or not place.line.is_idle:
             return
         now = time.monotonic()
         if now > place.since + _STAY_S:
             self.find_at = now + _PART_S
             self.settle(None)
-        elif not place.line.is_usable:
+        elif place.line.is_cut:
             self.settle(None)
 
     def settle(self, place: "_Place | None") -> None:
         """Ask another replica from now on."""
-        if self._place is not None and self._place is not place:
-            self._place.line.close()
-        self._place = place
+        if self.place is not None and self.place is not place:
+            self.place.line.close()
+        self.place = place
 
     def find(self) -> tuple[str, Future[Address]]:
         """Ask for a replica: returns the ticket that it expects, and where it listens."""
@@ -253,12 +246,11 @@ class _Call:
         try:
             self._replies[place] = place.ask(self._asks)
         except OSError as error:
-            self._replies[place] = Reply()
             self._lose(place, repr(error))
 
     def _lose(self, place: _Place, why: str) -> None:
         logger.warning("a replica of guide %s failed, asking elsewhere: %s", self._lm.name, why)
         place.line.close()
-        del self._replies[place]
+        self._replies.pop(place, None)
         if place is self._lm.place:
             self._lm.settle(None)

@@ -2,30 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from pilotfish.decode.sequence import PromptEvent, TokenEvent
 from serve import frames
 from serve.errors import EngineError
 from serve.replicas.lines import Line
 from serve.wire import Batch, guide_name, to_readings, to_token
-
-
-class Stream(Protocol):
-    """One request's items: events, and names of guides that were given up. Belongs to the event
-    loop; only `hand_out` may be called elsewhere."""
-
-    def put(self, items: Sequence[Any]) -> None:
-        """Add what comes next; nothing comes behind an event with a finish reason."""
-        ...
-
-    def fail(self, error: BaseException) -> None:
-        """End the stream by an error, unless it has ended."""
-        ...
-
-    def batches(self) -> AsyncGenerator[Batch]:
-        """Yield what the call itself has to say until the stream has ended; raise what broke it."""
-        ...
 
 
 class Pulled:
@@ -68,11 +51,6 @@ class Posted:
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         line.on_close(self, self._break)
 
-    def put(self, items: Sequence[Any]) -> None:
-        self.line.send(frames.pack([[self.key, *_to_batch(items)]]))
-        if _is_over(items):
-            self.end()
-
     def end(self) -> None:
         """Note that everything is on its way."""
         if not self._ended.done():
@@ -83,6 +61,7 @@ class Posted:
             self._ended.set_exception(_own(error))
 
     async def batches(self) -> AsyncGenerator[Batch]:
+        """Yield nothing until the stream has ended; raise what broke it."""
         try:
             await self._ended
         finally:
@@ -94,19 +73,24 @@ class Posted:
         self.fail(EngineError("the connection to the ingress is gone"))
 
 
+Stream: TypeAlias = Pulled | Posted
+"""One request's items: events, and names of guides that were given up; nothing comes behind an
+event with a finish reason. Belongs to the event loop; only `hand_out` may be called elsewhere."""
+
+
 def hand_out(
     items: Iterable[tuple[Stream, Sequence[Any]]], loop: asyncio.AbstractEventLoop
 ) -> None:
-    """Put items on their streams from the engine's thread.
+    """Put items on their streams, from any thread.
 
     What goes on a line goes at once, in one frame for all its streams: the event loop would have to
     take the interpreter lock from the next step.
     """
-    pulled: list[tuple[Stream, Sequence[Any]]] = []
+    pulled: list[tuple[Pulled, Sequence[Any]]] = []
     ended: list[Posted] = []
     frame_by_line: dict[Line, list[Sequence[Any]]] = {}
     for stream, own in items:
-        if not isinstance(stream, Posted):
+        if isinstance(stream, Pulled):
             pulled.append((stream, own))
             continue
         frame_by_line.setdefault(stream.line, []).append([stream.key, *_to_batch(own)])
@@ -118,7 +102,7 @@ def hand_out(
         loop.call_soon_threadsafe(_note, pulled, ended)
 
 
-def _note(pulled: Sequence[tuple[Stream, Sequence[Any]]], ended: Sequence[Posted]) -> None:
+def _note(pulled: Sequence[tuple[Pulled, Sequence[Any]]], ended: Sequence[Posted]) -> None:
     for stream, items in pulled:
         stream.put(items)
     for stream in ended:

@@ -2,8 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from serve.api.calls import Calls, drain
 from serve.api.inbox import Inbox
 from serve.api.journal import Journal, Patience
 from serve.errors import EngineError
-from serve.replicas.lines import Lines
+from serve.replicas.lines import Line, Lines
 from serve.replicas.streams import Posted, hand_out
 from serve.wire import GuideUse, Token
 from tests.handles import LocalHandle, LocalStream
@@ -112,6 +112,20 @@ def test_posted_tokens_are_those_that_come_with_the_calls(server: Server) -> Non
     assert [call.num_items for call in posted.calls] == [0] * 6
 
 
+@asynccontextmanager
+async def line_to(note: Callable[..., Awaitable[None]]) -> AsyncIterator[Line]:
+    """Open a line to who takes `note` of it and then hangs up."""
+    listening = await asyncio.start_server(note, HOST, 0)
+    port = listening.sockets[0].getsockname()[1]
+    line = await Lines().to(frames.ReplyTo(HOST, port, "secret", 7))
+    assert line is not None
+    async with asyncio.timeout(20):
+        yield line
+        while not line.is_closed:
+            await asyncio.sleep(0.01)
+    listening.close()
+
+
 @pytest.mark.parametrize("pauses", list(itertools.product((False, True), repeat=4)))
 def test_no_token_is_lost_however_many_come_at_once(pauses: Sequence[bool]) -> None:
     """Whether the event loop gets to send them in between or not."""
@@ -128,21 +142,15 @@ def test_no_token_is_lost_however_many_come_at_once(pauses: Sequence[bool]) -> N
             writer.close()
             over.set()
 
-        listening = await asyncio.start_server(note, HOST, 0)
-        port = listening.sockets[0].getsockname()[1]
-        line = await Lines().to(frames.ReplyTo(HOST, port, "secret", 7))
-        assert line is not None
-        stream = Posted(line, 7)
-        for index, pause in enumerate((*pauses, False)):
-            items = [event(index, is_last=index == len(pauses))]
-            hand_out([(stream, items)], asyncio.get_running_loop())
-            if pause:
-                await asyncio.sleep(0)
-        async with asyncio.timeout(10):
+        async with line_to(note) as line:
+            stream = Posted(line, 7)
+            for index, pause in enumerate((*pauses, False)):
+                items = [event(index, is_last=index == len(pauses))]
+                hand_out([(stream, items)], asyncio.get_running_loop())
+                if pause:
+                    await asyncio.sleep(0)
             assert [batch async for batch in stream.batches()] == []
             await over.wait()
-        listening.close()
-        await asyncio.sleep(0.01)  # the line hears of it
 
     asyncio.run(use())
     positions = [token[0] for [(_, tokens, *_)] in frames_read for token in tokens]
@@ -164,22 +172,15 @@ def test_who_sends_does_not_wait_for_an_ingress_that_reads_slowly() -> None:
             writer.close()
             over.set()
 
-        listening = await asyncio.start_server(note, HOST, 0)
-        port = listening.sockets[0].getsockname()[1]
-        line = await Lines().to(frames.ReplyTo(HOST, port, "secret", 7))
-        assert line is not None
+        async with line_to(note) as line:
 
-        def send() -> None:
-            for one in sent:
-                line.send(frames.pack(one))
+            def send() -> None:
+                for one in sent:
+                    line.send(frames.pack(one))
 
-        async with asyncio.timeout(20):
             await asyncio.to_thread(send)
             may_read.set()
             await over.wait()
-            while not line.is_closed:
-                await asyncio.sleep(0.01)
-        listening.close()
         return received
 
     assert asyncio.run(use()) == sent

@@ -16,7 +16,8 @@ from pilotfish.errors import CheckpointError, PromptError
 from serve.catalog import Catalog, make_catalog
 from serve.config import ServeConfig, parse_args
 from serve.errors import GuideUnavailableError
-from serve.replicas.guide_line import Address, Line, Question, pack, readable
+from serve.frames import pack
+from serve.replicas.guide_line import Address, Line, Question, readable
 from serve.replicas.guide_model import GuideModel
 from serve.replicas.remote_guide import RemoteLM
 from tests.fakes import context

@@ -23,26 +23,32 @@ from serve.retries import is_retryable
 from serve.wire import GenerateRequest, GuideUse
 
 
-class BaseModelFront:
-    """`BaseModel`, whose methods are described there."""
+class Front:
+    """A replica that decodes, as Serve sees it: a `BaseModel` or a `ResponseGuide`, where the
+    methods are described. The latter is not asked to `choose`, nor for `rewards`."""
 
     def __init__(
         self,
+        title: str,
+        make: Callable[..., Any],
         config: ServeConfig,
-        catalog: Catalog,
+        *args: Any,
         remote: Mapping[str, Any],
-        *,
         control: Callable[[], Any],
     ) -> None:
-        """`remote` holds a handle for each guide with replicas of its own."""
-        services = Services(control, remote)
-        self._apart = Apart(
-            "BaseModel", _make_base, config, catalog, list(remote), services=services
-        )
-        self._reporting = Reporting(_showing(config, self._apart))
+        """Have `make(peer, config, *args)` made apart.
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[tuple[Any, ...]]:
-        async with aclosing(self._apart.stream("generate", request)) as stream:
+        `remote` holds a handle for each guide with replicas of its own that it may ask.
+        """
+        services = Services(control, remote)
+        self._apart = Apart(title, make, config, *args, services=services)
+        self._metrics = EngineMetrics(config.base.model_id)
+        self._reporting = Reporting(self._show)
+
+    async def generate(
+        self, request: GenerateRequest, *version: GuideVersion
+    ) -> AsyncGenerator[tuple[Any, ...]]:
+        async with aclosing(self._apart.stream("generate", request, *version)) as stream:
             async for batch in stream:
                 yield batch
 
@@ -60,40 +66,16 @@ class BaseModelFront:
         await self._apart.call("prepare", version)
 
     async def stats(self) -> dict[str, Any]:
-        return await _stats(self._apart)
+        """Return what the process apart says of itself, and the id of this one."""
+        stats = await self._apart.call("stats")
+        return {**stats, "pid": os.getpid(), "decoding_pid": stats["pid"]}
 
     async def check_health(self) -> None:
         await self._apart.call("check_health")
         self._reporting.ensure()
 
-
-class ResponseGuideFront:
-    """`ResponseGuide`, whose methods are described there."""
-
-    def __init__(
-        self, config: ServeConfig, name: str, catalog: Catalog, *, control: Callable[[], Any]
-    ) -> None:
-        title = f"ResponseGuide:{name}"
-        services = Services(control, {})
-        self._apart = Apart(title, _make_response_guide, config, name, catalog, services=services)
-        self._reporting = Reporting(_showing(config, self._apart))
-
-    async def generate(
-        self, request: GenerateRequest, version: GuideVersion
-    ) -> AsyncGenerator[tuple[Any, ...]]:
-        async with aclosing(self._apart.stream("generate", request, version)) as stream:
-            async for batch in stream:
-                yield batch
-
-    async def prepare(self, version: GuideVersion) -> None:
-        await self._apart.call("prepare", version)
-
-    async def stats(self) -> dict[str, Any]:
-        return await _stats(self._apart)
-
-    async def check_health(self) -> None:
-        await self._apart.call("check_health")
-        self._reporting.ensure()
+    async def _show(self) -> None:
+        self._metrics.show(await self._apart.call("stats"))
 
 
 class Services:
@@ -137,28 +119,16 @@ async def _outlast(visit: Any) -> None:
         pass  # who is there notices by the connection
 
 
-def _make_base(
+def make_base(
     peer: Peer, config: ServeConfig, catalog: Catalog, remote: Sequence[str]
 ) -> BaseModel:
+    """Make what a base replica runs; `remote` are names of guides with replicas of their own."""
     attend = {name: functools.partial(peer.begin, "attend", name) for name in remote}
     return BaseModel(config, catalog, attend, control=lambda: PeerHandle(peer))
 
 
-def _make_response_guide(
+def make_response_guide(
     peer: Peer, config: ServeConfig, name: str, catalog: Catalog
 ) -> ResponseGuide:
+    """Make what a replica of a response guide runs."""
     return ResponseGuide(config, name, catalog, control=lambda: PeerHandle(peer))
-
-
-async def _stats(apart: Apart) -> dict[str, Any]:
-    """Return what the process apart says of itself, and the id of this one."""
-    return {**await apart.call("stats"), "pid": os.getpid(), "decoding_pid": apart.pid}
-
-
-def _showing(config: ServeConfig, apart: Apart) -> Callable[[], Any]:
-    shown = EngineMetrics(config.base.model_id)
-
-    async def show() -> None:
-        shown.show(await apart.call("stats"))
-
-    return show

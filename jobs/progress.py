@@ -52,22 +52,32 @@ def refresh_seconds() -> float:
     return _POLL_SECONDS if sys.stderr.isatty() else _SECONDS_PER_LINE
 
 
+class Progress:
+    """What a bar shows."""
+
+    def __init__(self) -> None:
+        self.board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()
+        """The handle of the actor that workers `post` to."""
+        self.finished: int | None = None
+        """The last step there was, once the driver knows it: the board may not answer in time."""
+
+
 @contextmanager
-def progress_bar(label: str) -> Iterator[Any]:
-    """Show a bar while the block runs; gives the actor handle that workers `post` to."""
-    board: Any = ray.remote(num_cpus=0)(ProgressBoard).remote()
+def progress_bar(label: str) -> Iterator[Progress]:
+    """Show a bar while the block runs."""
+    progress = Progress()
     stop = threading.Event()
-    thread = threading.Thread(target=_show, args=(board, label, stop), daemon=True)
+    thread = threading.Thread(target=_show, args=(progress, label, stop), daemon=True)
     thread.start()
     try:
-        yield board
+        yield progress
     finally:
         stop.set()
-        thread.join(timeout=3 * _ANSWER_SECONDS)  # a refresh under way, and the last one
-        ray.kill(board)
+        thread.join()
+        ray.kill(progress.board)
 
 
-def _show(board: Any, label: str, stop: threading.Event) -> None:
+def _show(progress: Progress, label: str, stop: threading.Event) -> None:
     # Not `dynamic_ncols`: a pseudo-terminal of unknown width would be a bar of no width.
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
     with tqdm(
@@ -75,8 +85,11 @@ def _show(board: Any, label: str, stop: threading.Event) -> None:
     ) as bar:
         bar.set_postfix_str("starting workers")
         while not stop.wait(_POLL_SECONDS):
-            _refresh(bar, board)
-        _refresh(bar, board)
+            _refresh(bar, progress.board)
+        _refresh(bar, progress.board)
+        if (last := progress.finished) is not None:
+            bar.total = last
+            bar.update(last - bar.n)
 
 
 def _refresh(bar: Any, board: Any) -> None:

@@ -161,11 +161,11 @@ def _fit(
     logger.info("training rows: %s", lengths)
     if run is not None:
         run.log_metrics(lengths.metrics())
-    with progress_bar(_slug(config)) as board:
+    with progress_bar(_slug(config)) as progress:
         job = WorkerSettings(
             config=config,
             prepared=prepared,
-            progress=board,
+            progress=progress.board,
             run_id=None if run is None else run.run_id,
             tracking_uri=None if run is None else run.uri,
             stretch=stretch,
@@ -190,8 +190,9 @@ def _fit(
             ),
         )
         result: Result = trainer.fit()
-    assert result.checkpoint is not None, "the loop ends with a checkpoint"
-    assert result.return_value is not None, "the loop returns its reports"
+        assert result.checkpoint is not None, "the loop ends with a checkpoint"
+        assert result.return_value is not None, "the loop returns its reports"
+        progress.finished = int(result.return_value[-1]["step"])
     return result.return_value, Path(result.checkpoint.path)
 
 

@@ -1,7 +1,7 @@
-"""Which replica a request goes to: not one that was silent a moment ago.
+"""Which replica a request goes to: not one that failed a moment ago.
 
-A process that hangs raises nothing, and looks idle to Serve's router until health checks have given
-it up. The ingress notices much sooner: a stream of its own stalls. Router and ingress share a
+A replica that hangs, or whose decode loop died, looks idle to Serve's router until it is replaced.
+The ingress notices much sooner: a stream of its own stalls or breaks. Router and ingress share a
 process, so that what one stream has found out keeps the others away.
 """
 
@@ -17,7 +17,7 @@ ROUTER = "serve.routing.AvoidingRouter"
 
 
 class AvoidingRouter(PowerOfTwoChoicesRequestRouter):
-    """The less busy of two replicas, neither of which is suspected to hang if there are others."""
+    """The less busy of two replicas, neither of which is under suspicion if there are others."""
 
     async def choose_replicas(
         self,

@@ -1,4 +1,4 @@
-"""Which replicas were silent a moment ago, as one ingress has found out.
+"""Which replicas failed a moment ago, as one ingress has found out.
 
 Apart from the router, of whose module Serve makes a copy.
 """
@@ -12,7 +12,7 @@ _NUM_KEPT = 4096
 
 _routed: OrderedDict[str, str] = OrderedDict()
 """Replica by attempt, the latest last."""
-_silent_since: dict[str, float] = {}
+_failed_at: dict[str, float] = {}
 
 
 def note_routed(attempt: str, replica: str) -> None:
@@ -23,16 +23,16 @@ def note_routed(attempt: str, replica: str) -> None:
 
 
 def suspect(attempt: str) -> None:
-    """Avoid for a while the replica to which an attempt went, whose stream has stalled."""
+    """Avoid for a while the replica to which an attempt went, whose stream stalled or broke."""
     replica = _routed.get(attempt)
     if replica is not None:
-        _silent_since[replica] = time.monotonic()
+        _failed_at[replica] = time.monotonic()
 
 
 def is_trusted(replica: str) -> bool:
-    """Whether nobody has found a replica silent lately."""
-    since = _silent_since.get(replica)
-    if since is not None and time.monotonic() - since > _AVOID_S:
-        _silent_since.pop(replica, None)
+    """Whether no stream from a replica has failed lately."""
+    at = _failed_at.get(replica)
+    if at is not None and time.monotonic() - at > _AVOID_S:
+        _failed_at.pop(replica, None)
         return True
-    return since is None
+    return at is None

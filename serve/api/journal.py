@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 
 from pilotfish.chat import Message
 from serve.api.visit import current_visit
-from serve.errors import cause_of
 from serve.retries import StreamBrokenError, is_retryable
 from serve.suspicions import suspect
 from serve.wire import Batch, DraftUse, GenerateRequest, GuideUse, Token
@@ -25,6 +24,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BACKOFF_S = 0.02
+_BACKOFF_FACTOR = 4
+"""The attempts of a call must not be over before a replica that broke has left."""
 
 
 class TokenStream(Protocol):
@@ -139,15 +140,15 @@ async def follow(
             failures = 1 if _progress(journal) > before else failures + 1
             if not is_retryable(error) or failures >= patience.max_attempts:
                 raise
-            if isinstance(cause_of(error), TimeoutError):
-                suspect(journal.attempt)
+            # A replica whose decode loop died looks idle until it leaves, and draws every request.
+            suspect(journal.attempt)
             journal.num_failovers += 1
             current_visit().fail_over(error, len(journal.completed))
             logger.warning(
                 "%s: failure %d at token %d, going on elsewhere: %r",
                 *(journal.request_id, failures, len(journal.completed), error),
             )
-            await asyncio.sleep(_BACKOFF_S * failures)
+            await _back_off(failures)
 
 
 async def ask(call: Callable[[], Awaitable[T]], patience: Patience) -> T:
@@ -163,7 +164,11 @@ async def ask(call: Callable[[], Awaitable[T]], patience: Patience) -> T:
                 raise
             current_visit().fail_over(error, 0)
             logger.warning("failure %d of a call, asking elsewhere: %r", failures, error)
-            await asyncio.sleep(_BACKOFF_S * failures)
+            await _back_off(failures)
+
+
+async def _back_off(failures: int) -> None:
+    await asyncio.sleep(_BACKOFF_S * _BACKOFF_FACTOR ** (failures - 1))
 
 
 def _progress(journal: Journal) -> int:

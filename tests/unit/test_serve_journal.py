@@ -13,6 +13,7 @@ from serve.artifacts import Artifact
 from serve.catalog import GuideVersion
 from serve.errors import EngineError
 from serve.retries import StreamBrokenError, is_retryable
+from serve.suspicions import is_trusted, note_routed
 from serve.wire import GenerateRequest, GuideUse
 
 PATIENCE = Patience(first_token_s=5, token_s=5, max_attempts=3)
@@ -119,6 +120,25 @@ def test_every_attempt_has_the_same_prompt_parameters_and_guides() -> None:
 def test_a_skipped_position_is_drawn_again_and_nothing_is_repeated() -> None:
     assert collect(Replicas(healthy), journal()) == TEXT
     assert collect(Replicas(skipping, healthy), journal()) == TEXT
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), EngineError("died"), TimeoutError(), None])
+def test_a_replica_whose_stream_failed_is_avoided_by_later_attempts(
+    error: Exception | None, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.name
+
+    def routed(to: str, script: Script) -> Script:
+        async def answer(asked: GenerateRequest) -> AsyncIterator[tuple[Any, ...]]:
+            note_routed(asked["attempt"], f"{name}:{to}")
+            async for item in script(asked):
+                yield item
+
+        return answer
+
+    broken, sound = routed("broken", dying(3, error)), routed("sound", healthy)
+    assert collect(Replicas(broken, sound), journal()) == TEXT
+    assert [is_trusted(f"{name}:{one}") for one in ("broken", "sound")] == [False, True]
 
 
 def test_a_stuck_replica_is_left_after_the_token_deadline() -> None:

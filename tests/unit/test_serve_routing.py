@@ -1,4 +1,4 @@
-"""`serve.routing`: a replica that was found silent is left to itself."""
+"""`serve.routing`: a replica whose stream failed is left to itself."""
 
 import asyncio
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def router(monkeypatch: pytest.MonkeyPatch) -> AvoidingRouter:
 
     monkeypatch.setattr(PowerOfTwoChoicesRequestRouter, "choose_replicas", first_two)
     monkeypatch.setattr(suspicions, "_routed", type(suspicions._routed)())
-    monkeypatch.setattr(suspicions, "_silent_since", {})
+    monkeypatch.setattr(suspicions, "_failed_at", {})
     return AvoidingRouter.__new__(AvoidingRouter)
 
 
@@ -45,7 +45,7 @@ def test_all_are_chosen_while_nobody_is_suspected(router: AvoidingRouter) -> Non
     assert chosen(router, "a", "b", "c") == ["a", "b"]
 
 
-def test_a_silent_replica_is_avoided_while_there_are_others(router: AvoidingRouter) -> None:
+def test_a_replica_that_failed_is_avoided_while_there_are_others(router: AvoidingRouter) -> None:
     send(router, "r#0", "a")
     send(router, "other#0", "b")
     suspect("r#0")

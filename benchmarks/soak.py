@@ -3,8 +3,9 @@
     python -m benchmarks.soak [--json] [--root runs] [--minutes 20] [--every 10]
 
 Serves `kitchen/base` under `kitchen/genarm` from two base and two guide replicas behind two
-ingresses, keeps so many streams open, and every so many seconds sends SIGKILL to one of them, kind
-by kind: always the youngest, so that the other one lives through it all, and its memory tells.
+ingresses, keeps so many streams open, and every so many seconds sends SIGKILL to one of them, of
+the kind that has waited longest: always the youngest, so that the other one lives through it all,
+and its memory tells.
 Every answer is compared, token by token, with what an engine in this process draws. Where a text
 departs from it, the number that decided says whether that was a near-tie, which another batch may
 settle otherwise.
@@ -177,7 +178,7 @@ async def _hurt_and_watch(
 ) -> tuple[Counter[str], dict[str, dict[str, float]]]:
     kills = Counter[str]()
     seen: dict[str, list[float]] = {}
-    victims = itertools.cycle(VICTIMS)
+    queue = list(VICTIMS)
     with tqdm(total=round(60 * options.minutes), unit="s", ncols=100) as bar:
         while (now := time.monotonic()) < until - options.every:
             await asyncio.sleep(options.every)
@@ -185,10 +186,7 @@ async def _hurt_and_watch(
             bar.set_postfix_str(f"{tally.num_done} answers, {sum(kills.values())} kills")
             for kind, mib in _memory().items():
                 seen.setdefault(kind, []).append(mib)
-            name = next(victims)
-            alive = _processes(VICTIMS[name])
-            if len(alive) > 1:  # the last one is left to those who wait for it
-                os.kill(alive[-1].pid, signal.SIGKILL)
+            if (name := _kill_one(queue)) is not None:
                 kills[name] += 1
     return kills, {
         kind: {
@@ -198,6 +196,18 @@ async def _hurt_and_watch(
         }
         for kind, values in seen.items()
     }
+
+
+def _kill_one(queue: list[str]) -> str | None:
+    """Kill the youngest of the first kind of which there are two, and put the kind last."""
+    for name in queue:
+        alive = _processes(VICTIMS[name])
+        if len(alive) > 1:  # the last one is left to those who wait for it
+            os.kill(alive[-1].pid, signal.SIGKILL)
+            queue.remove(name)
+            queue.append(name)
+            return name
+    return None
 
 
 def _processes(title: str) -> list[psutil.Process]:

@@ -44,10 +44,11 @@ from pilotfish.noise import Purpose, request_key, uniforms
 
 logger = logging.getLogger(__name__)
 
+APART = "BaseModel, apart"
 VICTIMS = {
     "BaseModel": "ServeReplica:soak:BaseModel",
     "Guide:helpful": "ServeReplica:soak:Guide:helpful",
-    "BaseModel, apart": "serve.replicas.apart",
+    APART: "serve.replicas.apart",
     "Pipeline": "ServeReplica:soak:Pipeline",
 }
 """What is killed: a part of the command line, by what it is called here."""
@@ -201,13 +202,20 @@ async def _hurt_and_watch(
 def _kill_one(queue: list[str]) -> str | None:
     """Kill the youngest of the first kind of which there are two, and put the kind last."""
     for name in queue:
-        alive = _processes(VICTIMS[name])
+        alive = _victims(name)
         if len(alive) > 1:  # the last one is left to those who wait for it
             os.kill(alive[-1].pid, signal.SIGKILL)
             queue.remove(name)
             queue.append(name)
             return name
     return None
+
+
+def _victims(name: str) -> list[psutil.Process]:
+    """Return the processes of a kind that may be killed, from the oldest one."""
+    if name == "BaseModel":  # those that decode: one that still loads would be killed for good
+        return [one for apart in _processes(VICTIMS[APART]) if (one := apart.parent()) is not None]
+    return _processes(VICTIMS[name])
 
 
 def _processes(title: str) -> list[psutil.Process]:

@@ -5,10 +5,9 @@
 Serves `kitchen/base` under `kitchen/genarm` from two base and two guide replicas behind two
 ingresses, keeps so many streams open, and every so many seconds sends SIGKILL to one of them, of
 the kind that has waited longest: always the youngest, so that the other one lives through it all,
-and its memory tells.
-Every answer is compared, token by token, with what an engine in this process draws. Where a text
-departs from it, the number that decided says whether that was a near-tie, which another batch may
-settle otherwise.
+and its memory tells. Every answer is compared, token by token, with what an engine in this process
+draws. Where a text departs from it, the number that decided says whether that was a near-tie, which
+another batch may settle otherwise.
 """
 
 import argparse
@@ -213,7 +212,7 @@ def _kill_one(queue: list[str]) -> str | None:
 
 def _victims(name: str) -> list[psutil.Process]:
     """Return the processes of a kind that may be killed, from the oldest one."""
-    if name == "BaseModel":  # those that decode: one that still loads would be killed for good
+    if name == "BaseModel":  # not those that still load: what is apart would never have its turn
         return [one for apart in _processes(VICTIMS[APART]) if (one := apart.parent()) is not None]
     return _processes(VICTIMS[name])
 

@@ -3,6 +3,7 @@
 Apart from the router, of whose module Serve makes a copy.
 """
 
+import math
 import time
 from collections import OrderedDict
 
@@ -24,15 +25,12 @@ def note_routed(attempt: str, replica: str) -> None:
 
 def suspect(attempt: str) -> None:
     """Avoid for a while the replica to which an attempt went, whose stream stalled or broke."""
-    replica = _routed.get(attempt)
-    if replica is not None:
+    for replica in [one for one in _failed_at if is_trusted(one)]:
+        del _failed_at[replica]  # it may be dead, and never asked about again
+    if (replica := _routed.get(attempt)) is not None:
         _failed_at[replica] = time.monotonic()
 
 
 def is_trusted(replica: str) -> bool:
     """Whether no stream from a replica has failed lately."""
-    at = _failed_at.get(replica)
-    if at is not None and time.monotonic() - at > _AVOID_S:
-        _failed_at.pop(replica, None)
-        return True
-    return at is None
+    return time.monotonic() - _failed_at.get(replica, -math.inf) > _AVOID_S

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _BACKOFF_S = 0.02
 _BACKOFF_FACTOR = 4
-"""The attempts of a call must not be over before a replica that broke has left."""
+"""So attempts last longer than a replica stays whose process apart has died."""
 
 
 class TokenStream(Protocol):
